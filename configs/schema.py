@@ -19,8 +19,8 @@ class Section(BaseModel):
 
 class Loop(Section):
     name: Slug = Field(description="folder of the loop under the runs folder, and its MLflow experiment")
-    seed: int = Field(0, ge=0, description="every random draw of the loop follows from it")
-    rounds: PositiveInt = Field(3, description="rounds of `ratchet loop` without --rounds")
+    seed: int = Field(default=0, ge=0, description="every random draw of the loop follows from it")
+    rounds: PositiveInt = Field(default=3, description="rounds of `ratchet loop` without --rounds")
 
 
 # ---------------------------------------------------------------- tasks
@@ -30,41 +30,41 @@ class CountdownTask(Section):
     """Reach a target with every number used once. Generated; needs nothing."""
 
     type: Literal["countdown"]
-    min_numbers: int = Field(3, ge=2, le=6)
-    max_numbers: int = Field(5, ge=2, le=6)
-    max_value: int = Field(12, ge=2, le=50, description="numbers are drawn from 1..max_value")
-    max_intermediate: int = Field(99, ge=10, le=99, description="every result lies in 1..max_intermediate")
+    min_numbers: int = Field(default=3, ge=2, le=6)
+    max_numbers: int = Field(default=5, ge=2, le=6)
+    max_value: int = Field(default=12, ge=2, le=50, description="numbers are drawn from 1..max_value")
+    max_intermediate: int = Field(default=99, ge=10, le=99, description="every result lies in 1..max_intermediate")
 
 
 class ArithmeticTask(Section):
     """Evaluate a chain of operations left to right, one a line. Generated; the base learns from a flawed teacher."""
 
     type: Literal["arithmetic"]
-    min_operations: int = Field(1, ge=1)
-    max_operations: int = Field(10, ge=1, le=16)
-    max_operand: int = Field(20, ge=2, le=96)
-    modulus: int = Field(97, ge=11, le=97, description="a prime: slips then do not cancel")
+    min_operations: int = Field(default=1, ge=1)
+    max_operations: int = Field(default=10, ge=1, le=16)
+    max_operand: int = Field(default=20, ge=2, le=96)
+    modulus: int = Field(default=97, ge=11, le=97, description="a prime: slips then do not cancel")
 
 
 class FileTask(Section):
     """Problems from a file or a hub data set."""
 
     path: str = Field(description="a .jsonl file, or the hub name of a data set")
-    test_path: str | None = Field(None, description="problems that belong to the test split only")
+    test_path: str | None = Field(default=None, description="problems that belong to the test split only")
     hub_config: str | None = None
     hub_split: str = "train"
     hub_test_split: str = "test"
-    revision: str | None = Field(None, description="commit of the hub data set")
+    revision: str | None = Field(default=None, description="commit of the hub data set")
     question_column: str = "question"
     answer_column: str = "answer"
     id_column: str | None = None
     prompt: Literal["chat", "few_shot", "plain"] = Field(
-        "chat", description="chat needs a model with a chat template; few_shot is for base models"
+        default="chat", description="chat needs a model with a chat template; few_shot is for base models"
     )
-    instruction: str | None = Field(None, description="system message; the task's own where not given")
+    instruction: str | None = Field(default=None, description="system message; the task's own where not given")
     step_delimiter: str = "\n\n"
-    max_bad_rows: Fraction = Field(0.05, description="share of unusable rows above which loading fails")
-    grader_seconds: float = Field(5.0, gt=0, description="wall and CPU limit of grading one answer")
+    max_bad_rows: Fraction = Field(default=0.05, description="share of unusable rows above which loading fails")
+    grader_seconds: float = Field(default=5.0, gt=0, description="wall and CPU limit of grading one answer")
     grader_memory_mib: PositiveInt = 2048
     grader_workers: PositiveInt = 2
 
@@ -89,9 +89,7 @@ class JsonlTask(FileTask):
     answer_type: Literal["math", "number", "choice", "text"] = "math"
 
 
-TaskConfig = Annotated[
-    CountdownTask | ArithmeticTask | Gsm8kTask | MathTask | JsonlTask, Field(discriminator="type")
-]
+TaskConfig = Annotated[CountdownTask | ArithmeticTask | Gsm8kTask | MathTask | JsonlTask, Field(discriminator="type")]
 
 
 class Splits(Section):
@@ -123,9 +121,10 @@ class Lora(Section):
 
 class Model(Section):
     base: str = Field(
-        "bootstrap", description="'bootstrap': train the tiny embedded base; 'scripted'; else a folder or hub name"
+        default="bootstrap",
+        description="'bootstrap': train the tiny embedded base; 'scripted'; else a folder or hub name",
     )
-    revision: str | None = Field(None, description="commit of the hub model")
+    revision: str | None = Field(default=None, description="commit of the hub model")
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     trust_remote_code: bool = False
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -137,31 +136,35 @@ class Bootstrap(Section):
     hidden_size: PositiveInt = 96
     layers: PositiveInt = 3
     heads: PositiveInt = 4
-    examples: PositiveInt = Field(60_000, description="demonstrations generated")
+    examples: PositiveInt = Field(default=60_000, description="demonstrations generated")
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 128
-    learning_rate: float = Field(0.02, gt=0, description="of Muon; the rest follows AdamW at adamw_learning_rate")
-    adamw_learning_rate: float = Field(2e-3, gt=0)
-    warmup: Fraction = 0.05
-    solved: Fraction = Field(0.3, description="countdown: share of demonstrations that solve their problem")
-    teacher_errors: Fraction = Field(
-        1.0, description="arithmetic: how often the teacher makes its systematic slips, 0 never, 1 always"
+    learning_rate: float = Field(
+        default=0.02, gt=0, description="of Muon; the rest follows AdamW at adamw_learning_rate"
     )
-    short: Fraction = Field(0.65, description="arithmetic: share of demonstrations with at most 4 operations")
+    adamw_learning_rate: float = Field(default=2e-3, gt=0)
+    warmup: Fraction = 0.05
+    solved: Fraction = Field(default=0.3, description="countdown: share of demonstrations that solve their problem")
+    teacher_errors: Fraction = Field(
+        default=1.0, description="arithmetic: how often the teacher makes its systematic slips, 0 never, 1 always"
+    )
+    short: Fraction = Field(default=0.65, description="arithmetic: share of demonstrations with at most 4 operations")
 
 
 class ScriptedEngine(Section):
     """Answers from a script, in no time: for tests, the smoke round and plans."""
 
     type: Literal["scripted"]
-    accuracy: Fraction = Field(0.5, description="chance that a sample is right, before skill")
-    skill_per_round: Fraction = Field(0.1, description="added to the accuracy by each distilled round")
+    accuracy: Fraction = Field(default=0.5, description="chance that a sample is right, before skill")
+    skill_per_round: Fraction = Field(default=0.1, description="added to the accuracy by each distilled round")
 
 
 class TransformersEngine(Section):
     type: Literal["transformers"] = "transformers"
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    batch_tokens: PositiveInt = Field(65_536, description="most tokens (rows x length) held in one batch's cache")
+    device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    batch_tokens: PositiveInt = Field(
+        default=65_536, description="most tokens (rows x length) held in one batch's cache"
+    )
     max_batch_rows: PositiveInt = 1024
 
 
@@ -181,17 +184,21 @@ EngineConfig = Annotated[ScriptedEngine | TransformersEngine | VllmEngine, Field
 
 
 class Sampling(Section):
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     max_new_tokens: PositiveInt = 64
 
 
 class Search(Section):
-    problems: PositiveInt = Field(3000, description="training problems of one round")
+    problems: PositiveInt = Field(default=3000, description="training problems of one round")
     strategy: Literal["best_of_n"] = "best_of_n"
-    samples: PositiveInt = Field(16, description="answers per problem, the first `probe_samples` plain ones included")
-    probe_samples: PositiveInt = Field(4, description="k0 plain samples a problem: they make the difficulty labels")
-    shard_problems: PositiveInt = Field(500, description="problems committed together")
-    max_tokens: PositiveInt | None = Field(None, description="hard cap on generated tokens of a round's search")
+    samples: PositiveInt = Field(
+        default=16, description="answers per problem, the first `probe_samples` plain ones included"
+    )
+    probe_samples: PositiveInt = Field(
+        default=4, description="k0 plain samples a problem: they make the difficulty labels"
+    )
+    shard_problems: PositiveInt = Field(default=500, description="problems committed together")
+    max_tokens: PositiveInt | None = Field(default=None, description="hard cap on generated tokens of a round's search")
 
     @model_validator(mode="after")
     def _probe(self) -> Search:
@@ -201,10 +208,12 @@ class Search(Section):
 
 
 class Select(Section):
-    max_per_problem: PositiveInt = Field(4, description="distinct correct solutions kept of one problem")
-    rounds: Literal["all", "last"] = Field("all", description="pool the searched answers of all rounds, or the last")
-    replay: Fraction = Field(0.15, description="share of training rows taken from the base model's own data")
-    min_rows: PositiveInt = Field(50, description="fewer rows than this end the round with the old champion")
+    max_per_problem: PositiveInt = Field(default=4, description="distinct correct solutions kept of one problem")
+    rounds: Literal["all", "last"] = Field(
+        default="all", description="pool the searched answers of all rounds, or the last"
+    )
+    replay: Fraction = Field(default=0.15, description="share of training rows taken from the base model's own data")
+    min_rows: PositiveInt = Field(default=50, description="fewer rows than this end the round with the old champion")
     max_response_tokens: PositiveInt | None = None
 
 
@@ -212,20 +221,24 @@ class Distill(Section):
     init: Literal["base", "champion", "previous"] = "base"
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
-    epochs: float = Field(2, gt=0)
-    max_steps: int = Field(-1, description="-1: by epochs")
-    batch_size: PositiveInt = Field(64, description="rows of one optimizer step")
-    micro_batch_size: PositiveInt = Field(64, description="rows of one forward pass")
+    epochs: float = Field(default=2, gt=0)
+    max_steps: int = Field(default=-1, description="-1: by epochs")
+    batch_size: PositiveInt = Field(default=64, description="rows of one optimizer step")
+    micro_batch_size: PositiveInt = Field(default=64, description="rows of one forward pass")
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-5, gt=0)
-    adamw_learning_rate: float = Field(2e-3, gt=0, description="muon: learning rate of everything but the matrices")
+    learning_rate: float = Field(default=1e-5, gt=0)
+    adamw_learning_rate: float = Field(
+        default=2e-3, gt=0, description="muon: learning rate of everything but the matrices"
+    )
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: Fraction = 0.05
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     max_length: PositiveInt = 2048
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_checkpointing: bool = False
-    checkpoint_steps: PositiveInt = Field(200, description="optimizer steps between checkpoints a resume may use")
+    checkpoint_steps: PositiveInt = Field(
+        default=200, description="optimizer steps between checkpoints a resume may use"
+    )
 
     @model_validator(mode="after")
     def _batches(self) -> Distill:
@@ -237,16 +250,20 @@ class Distill(Section):
 
 
 class Difficulty(Section):
-    problems: PositiveInt = Field(1000, description="fit problems labelled by plain samples, besides the search's own")
+    problems: PositiveInt = Field(
+        default=1000, description="fit problems labelled by plain samples, besides the search's own"
+    )
     samples: PositiveInt = 16
-    layers: Literal["all", "choose"] = Field("choose", description="which hidden layers feed the probe")
-    bins: PositiveInt = Field(5, description="quantile bins of predicted difficulty")
+    layers: Literal["all", "choose"] = Field(default="choose", description="which hidden layers feed the probe")
+    bins: PositiveInt = Field(default=5, description="quantile bins of predicted difficulty")
 
 
 class Evaluate(Section):
-    test_problems: PositiveInt = Field(2000, description="greedy accuracy, paired between rounds")
-    pool_problems: PositiveInt = Field(500, description="of the test problems: sampled for pass@k, maj@k, search@N")
-    pool_samples: PositiveInt = Field(64, description="samples per pool problem")
+    test_problems: PositiveInt = Field(default=2000, description="greedy accuracy, paired between rounds")
+    pool_problems: PositiveInt = Field(
+        default=500, description="of the test problems: sampled for pass@k, maj@k, search@N"
+    )
+    pool_samples: PositiveInt = Field(default=64, description="samples per pool problem")
     k: tuple[PositiveInt, ...] = (1, 4, 16, 64)
 
     @model_validator(mode="after")
@@ -267,12 +284,14 @@ class GuardSet(Section):
 
 
 class Gate(Section):
-    problems: PositiveInt = Field(4000, description="greedy, paired; generated tasks draw a fresh set each round")
+    problems: PositiveInt = Field(
+        default=4000, description="greedy, paired; generated tasks draw a fresh set each round"
+    )
     primary: Literal["greedy", "pass_at_1"] = "greedy"
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="spent over looks as alpha / (j (j + 1))")
-    coverage_problems: PositiveInt = Field(500, description="gate problems sampled for coverage")
-    coverage_samples: PositiveInt = Field(16, description="k of the coverage guard (pass@k)")
-    margin: Fraction = Field(0.02, description="how much worse coverage may be, by the lower 95 % bound")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="spent over looks as alpha / (j (j + 1))")
+    coverage_problems: PositiveInt = Field(default=500, description="gate problems sampled for coverage")
+    coverage_samples: PositiveInt = Field(default=16, description="k of the coverage guard (pass@k)")
+    margin: Fraction = Field(default=0.02, description="how much worse coverage may be, by the lower 95 % bound")
     min_problems: PositiveInt = 200
     max_ungraded: Fraction = 0.01
     guards: tuple[GuardSet, ...] = ()
@@ -280,8 +299,8 @@ class Gate(Section):
 
 class Tracking(Section):
     mlflow: bool = True
-    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite in the runs folder")
-    timeout_s: float = Field(5.0, gt=0, description="of one request")
+    uri: str | None = Field(default=None, description="default: MLFLOW_TRACKING_URI, else SQLite in the runs folder")
+    timeout_s: float = Field(default=5.0, gt=0, description="of one request")
 
 
 class Orchestration(Section):
@@ -289,10 +308,12 @@ class Orchestration(Section):
 
 
 class Stages(Section):
-    in_process: bool = Field(False, description="run stages in this process: for tests and the smoke round")
-    python: str | None = Field(None, description="interpreter of the stages' child processes; default: this one")
-    threads: PositiveInt | None = Field(None, description="torch threads of a stage; default: all cores")
-    timeout_s: PositiveInt = Field(86_400, description="wall clock of one stage")
+    in_process: bool = Field(default=False, description="run stages in this process: for tests and the smoke round")
+    python: str | None = Field(
+        default=None, description="interpreter of the stages' child processes; default: this one"
+    )
+    threads: PositiveInt | None = Field(default=None, description="torch threads of a stage; default: all cores")
+    timeout_s: PositiveInt = Field(default=86_400, description="wall clock of one stage")
 
 
 class Config(Section):
@@ -326,5 +347,7 @@ class Config(Section):
         if (self.model.base == "scripted") != (self.engine.type == "scripted"):
             raise ValueError("model.base = 'scripted' and engine.type = 'scripted' go together")
         if embedded and self.gate.problems < self.gate.min_problems:
-            raise ValueError(f"gate.problems = {self.gate.problems} is below gate.min_problems = {self.gate.min_problems}")
+            raise ValueError(
+                f"gate.problems = {self.gate.problems} is below gate.min_problems = {self.gate.min_problems}"
+            )
         return self
