@@ -141,6 +141,7 @@ class SearchResult:
     model: str  # the policy's fingerprint (sha256 of its weights, 16 hex digits)
     seed: str  # the random stream: "seed/stage/split"
     approximate: bool = False  # True where the engine could not return its token ids
+    prompt_ids: tuple[int, ...] = ()  # the very ids every candidate continues; training rows start with them
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -154,6 +155,7 @@ class SearchResult:
             "model": self.model,
             "seed": self.seed,
             "approximate": self.approximate,
+            "prompt_ids": list(self.prompt_ids),
             "candidates": [c.to_json() for c in self.candidates],
         }
 
@@ -168,6 +170,7 @@ class SearchResult:
             model=row["model"],
             seed=row["seed"],
             approximate=row["approximate"],
+            prompt_ids=tuple(row["prompt_ids"]),
         )
 
     def with_candidates(self, candidates: Sequence[Candidate]) -> SearchResult:
