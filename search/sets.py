@@ -1,0 +1,145 @@
+"""The problems of one round, drawn once at its start and written down, so that a file that grows moves nothing.
+
+Held-out sets of a file are frozen in round 0: rows that are appended later join the training split. Generated tasks
+draw a fresh gate set each round. The training slice of a round takes problems never searched before; when they are
+used up it recycles, unsolved first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from configs.schema import Config
+from search.errors import DataError
+from search.randomness import key64
+from search.types import SPLITS, Problem, Split, Task
+
+HELD_OUT: tuple[Split, ...] = ("fit", "validation", "gate", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What searching a problem has given so far, all rounds together."""
+
+    correct: int
+    total: int
+
+
+def write_problems(problems: Iterable[Problem], path: Path) -> None:
+    """One JSON line a problem."""
+    with path.open("w", encoding="utf-8") as file:
+        for p in problems:
+            row = {"key": p.key, "question": p.question, "answer": p.answer, "meta": dict(p.meta)}
+            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems of a file written by `write_problems`."""
+    with path.open(encoding="utf-8") as lines:
+        rows = map(json.loads, lines)
+        return [Problem(row["key"], row["question"], row["answer"], row["meta"]) for row in rows]
+
+
+def read_outcomes(paths: Iterable[Path]) -> dict[str, Outcome]:
+    """The outcomes of earlier searches, added up over `outcomes.json` files ({key: [correct, total]})."""
+    totals: dict[str, Outcome] = {}
+    for path in paths:
+        for key, (correct, total) in json.loads(path.read_text(encoding="utf-8")).items():
+            before = totals.get(key, Outcome(0, 0))
+            totals[key] = Outcome(before.correct + correct, before.total + total)
+    return totals
+
+
+def draw_sets(
+    task: Task, config: Config, round_number: int, frozen: Path | None, searched: Mapping[str, Outcome]
+) -> dict[str, list[Problem]]:
+    """The sets of a round: "search" (empty in round 0), "fit", "validation", "gate", "test".
+
+    `frozen` is round 0's folder of sets, None in round 0 itself. Raises DataError where a set comes out too small.
+    """
+    if task.generated:
+        sets = _draw_generated(task, config, round_number, searched)
+    else:
+        sets = _take_from_file(task, config, round_number, frozen, searched)
+    if not sets["test"] or not sets["gate"] or not sets["fit"] or not sets["validation"]:
+        sizes = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
+        raise DataError(f"a held-out set is empty ({sizes}): give more problems, or larger shares in [splits]")
+    return sets
+
+
+def _draw_generated(
+    task: Task, config: Config, round_number: int, searched: Mapping[str, Outcome]
+) -> dict[str, list[Problem]]:
+    num_validation = max(200, config.difficulty.problems // 3)
+    sets = {
+        "fit": task.draw("fit", config.difficulty.problems, stream="fit"),
+        "validation": task.draw("validation", num_validation, stream="validation"),
+        "gate": task.draw("gate", config.gate.problems, stream=f"gate/{round_number}"),
+        "test": task.draw("test", config.evaluate.test_problems, stream="test"),
+        "search": [],
+    }
+    if round_number:
+        stream = f"search/{round_number}"
+        sets["search"] = task.draw("train", config.search.problems, stream=stream, exclude=frozenset(searched))
+    return sets
+
+
+def _take_from_file(
+    task: Task, config: Config, round_number: int, frozen: Path | None, searched: Mapping[str, Outcome]
+) -> dict[str, list[Problem]]:
+    limits = {"fit": config.difficulty.problems, "gate": config.gate.problems, "test": config.evaluate.test_problems}
+    if frozen is None:
+        held_out = {split: task.problems(split) for split in HELD_OUT}
+        sets = {split: _shuffled(config, split, held_out[split])[: limits.get(split)] for split in HELD_OUT}
+        return sets | {"search": []}
+    held_out_keys = set(json.loads((frozen / "held_out.json").read_text(encoding="utf-8")))
+    everything = [problem for split in SPLITS for problem in task.problems(cast(Split, split))]
+    training = [problem for problem in everything if problem.key not in held_out_keys]
+    sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
+    return sets | {"search": take_slice(_shuffled(config, "train", training), config.search.problems, searched)}
+
+
+def _shuffled(config: Config, name: str, problems: Sequence[Problem]) -> list[Problem]:
+    """A fixed order in which a new problem finds its place without moving the others against each other."""
+    return sorted(problems, key=lambda p: key64(config.loop.seed, "order", name, p.key))
+
+
+def take_slice(training: Sequence[Problem], num: int, searched: Mapping[str, Outcome]) -> list[Problem]:
+    """The next `num` problems: never searched ones first, then unsolved, then the least often solved.
+
+    Empty where every problem was searched and solved: there is nothing left to learn from.
+    """
+
+    def rank(problem: Problem) -> tuple[bool, float]:
+        outcome = searched.get(problem.key)
+        return outcome is not None, outcome.correct / max(outcome.total, 1) if outcome else 0.0
+
+    if all((outcome := searched.get(p.key)) is not None and outcome.correct > 0 for p in training):
+        return []
+    return sorted(training, key=rank)[:num]
+
+
+def write_sets(task: Task, sets: Mapping[str, Sequence[Problem]], frozen: Path | None, out: Path) -> dict[str, Any]:
+    """Write the sets, and what identifies them; returns the counts. A file task's held-out keys are frozen here."""
+    for name, problems in sets.items():
+        write_problems(problems, out / f"{name}.jsonl")
+    if not task.generated:
+        if frozen is None:
+            keys = sorted(p.key for split in HELD_OUT for p in task.problems(split))
+        else:
+            keys = json.loads((frozen / "held_out.json").read_text(encoding="utf-8"))
+        (out / "held_out.json").write_text(json.dumps(keys) + "\n", encoding="utf-8")
+    counts = {name: len(problems) for name, problems in sets.items()}
+    (out / "counts.json").write_text(json.dumps(counts, sort_keys=True) + "\n", encoding="utf-8")
+    return counts
+
+
+def held_out_keys(sets: Path) -> set[str]:
+    """Keys that no training row may have: the round's held-out sets, and all a file task ever held out."""
+    keys = {p.key for split in HELD_OUT for p in read_problems(sets / f"{split}.jsonl")}
+    frozen = sets / "held_out.json"
+    return keys | set(json.loads(frozen.read_text(encoding="utf-8"))) if frozen.exists() else keys
