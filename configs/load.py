@@ -107,7 +107,8 @@ def _explain(problem: Any, data: Mapping[str, Any]) -> str:
     path = ".".join(part for part in location if part not in _TAGS)
     if problem["type"] == "extra_forbidden" and model is not None:
         key, valid = location[-1], sorted(model.model_fields)
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or _elsewhere(key)
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8) or _elsewhere(key)
+        near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key '{path}' ({hint})"
     message = str(problem["msg"]).removeprefix("Value error, ")
