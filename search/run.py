@@ -117,7 +117,7 @@ def run_shards(
 
 def write_results(results: Sequence[SearchResult], path: Path) -> None:
     """One JSON line a result; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         for result in results:
             file.write(json.dumps(result.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n")

@@ -1,0 +1,324 @@
+"""One round, stage by stage: what runs when, on which inputs, and what its end means for the champion.
+
+Reads like design and README: baseline -> search -> select -> distill -> evaluate -> gate -> difficulty of the winner
+-> promote or reject -> report. Every stage is committed once; a killed round goes on where it stopped. Nothing here
+knows Prefect or MLflow: `flows.round` wraps `call` in Prefect tasks and listens as an observer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from configs import load
+from configs.schema import Config
+from flows.artefacts import Manifest, StageDir, StageKey, code_version, sha256_json
+from flows.crash import crash_point
+from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord
+from search.errors import TrainingError, UserError
+
+IRRELEVANT = ("tracking", "orchestration", "stages")  # sections that change no result
+
+
+class NothingToDo(Exception):
+    """Every training problem is solved; no round is needed. Its folder is removed and nothing is recorded."""
+
+
+class Observer(Protocol):
+    """Is told what happens. Never raises into the round."""
+
+    def round_started(self, folder: RoundFolder, config: Config, expected_s: float | None) -> None: ...
+    def stage_started(self, folder: RoundFolder, name: str, expected_s: float | None) -> None: ...
+    def progress(self, name: str, done: float, total: float, **info: Any) -> None: ...
+    def stage_finished(self, folder: RoundFolder, name: str, wall_s: float, resumed: bool) -> None: ...
+    def stage_failed(self, folder: RoundFolder, name: str, message: str) -> None: ...
+    def round_finished(self, folder: RoundFolder, record: RoundRecord) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input of a stage: where it lies and what it is (a manifest id or the hash of a bundle's part)."""
+
+    path: Path
+    id: str
+
+
+Execute = Callable[["StageCall", Callable[..., None]], None]  # runs a stage's function, here or in a child process
+Call = Callable[[str, Callable[[], Manifest]], Manifest]  # lets Prefect see a stage as a task
+
+
+@dataclass(frozen=True, slots=True)
+class StageCall:
+    """What a stage is run with. `function` is a name in flows.stages; `heavy` ones load torch."""
+
+    function: str
+    round: int
+    control: str | None
+    config: Config
+    inputs: Mapping[str, Path]
+    out: Path
+    heavy: bool
+
+
+def plain_call(name: str, run: Callable[[], Manifest]) -> Manifest:
+    """Without Prefect."""
+    return run()
+
+
+class RoundRun:
+    """One round being run. Holds the lock's loop, the frozen configuration and how stages are executed."""
+
+    def __init__(
+        self, loop: Loop, folder: RoundFolder, observer: Observer, execute: Execute, call: Call = plain_call
+    ) -> None:
+        self.loop = loop
+        self.folder = folder
+        self.config = load.parse(json.loads(folder.config_json()), str(folder.path / "config.json"))
+        self.control = folder.kind.removeprefix("control-") if folder.kind != "round" else None
+        self._observer = observer
+        self._execute = execute
+        self._call = call
+
+    # ------------------------------------------------------------ stages
+
+    def stage(self, name: str, inputs: Mapping[str, Source], *, heavy: bool = True) -> Source:
+        """Run a stage unless its result from these inputs is there already."""
+        manifest = self._call(name, lambda: self._stage(name, heavy, inputs))
+        return Source(self.folder.path / name, manifest.id)
+
+    def _stage(self, name: str, heavy: bool, inputs: Mapping[str, Source]) -> Manifest:
+        ids = {key: source.id for key, source in inputs.items()}
+        stage = StageDir(self.folder.path, name)
+        done = stage.committed(inputs=ids)
+        if done is not None:
+            self._observer.stage_finished(self.folder, name, wall_s(stage.path), resumed=True)
+            return done
+        key = StageKey(name, code_version(), self._config_sha(), ids)
+        self._observer.stage_started(self.folder, name, self._expected(name))
+        started_s = time.monotonic()
+        out = stage.begin(key)
+        paths = {key: source.path for key, source in inputs.items()}
+        call = StageCall(name, self.folder.round, self.control, self.config, paths, out, heavy)
+        try:
+            self._execute(call, lambda *a, **info: self._observer.progress(name, *a, **info))
+        except Exception as error:
+            self._observer.stage_failed(self.folder, name, str(error))
+            raise
+        took_s = time.monotonic() - started_s
+        (out / "timing.json").write_text(json.dumps({"wall_s": round(took_s, 3)}) + "\n", encoding="utf-8")
+        manifest = stage.commit(key)
+        self._observer.stage_finished(self.folder, name, took_s, resumed=False)
+        return manifest
+
+    def _config_sha(self) -> str:
+        return sha256_json(self.config.model_dump(mode="json", exclude=set(IRRELEVANT)))
+
+    def _expected(self, name: str) -> float | None:
+        """How long the stage took in the last round that ran it."""
+        for record in reversed(self.loop.state.rounds):
+            taken = wall_s(self.loop.path / record.folder / name)
+            if taken and record.kind == "round":
+                return taken
+        return None
+
+    # ------------------------------------------------------------ inputs
+
+    def part(self, part: Part) -> Source:
+        return Source(self.loop.resolve(part), part.sha256)
+
+    def earlier(self, stage: str) -> dict[str, Source]:
+        """The stage's results in all finished rounds of this loop, as inputs `stage@001`, ..."""
+        found: dict[str, Source] = {}
+        for record in self.loop.state.rounds:
+            if record.kind == "round" and record.round < self.folder.round:
+                manifest = StageDir(self.loop.path / record.folder, stage).read()
+                if manifest is not None:
+                    found[f"{stage}@{record.round:03d}"] = Source(self.loop.path / record.folder / stage, manifest.id)
+        return found
+
+    def of_round(self, round_number: int, stage: str) -> Source:
+        """A stage of a finished round."""
+        folder = self.loop.path / f"round-{round_number:03d}"
+        manifest = StageDir(folder, stage).read()
+        assert manifest is not None, f"{folder / stage} is missing"
+        return Source(folder / stage, manifest.id)
+
+
+def wall_s(stage: Path) -> float:
+    try:
+        return float(json.loads((stage / "timing.json").read_text(encoding="utf-8"))["wall_s"])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def read_metrics(stage: Path) -> dict[str, float]:
+    """The values of a stage's metrics.jsonl; empty where there is none."""
+    path = stage / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["name"]: row["value"] for row in rows}
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def run_base(run: RoundRun) -> RoundRecord:
+    """Round 0: the bundle of the base model, recorded like any other round."""
+    problems = run.stage("problems", {}, heavy=False)
+    base = run.stage("base", {"problems": problems})
+    policy = _model(base.path)
+    source = Source(policy, base.id)
+    evaluation = run.stage("evaluate", {"problems": problems, "policy": source})
+    difficulty = run.stage("difficulty", {"problems": problems, "policy": source})
+    bundle = Bundle(0, run.loop.part(policy), difficulty=_fitted(run, difficulty))
+    metrics = read_metrics(evaluation.path) | read_metrics(difficulty.path)
+    record = RoundRecord(
+        0, "base", "the base model, as it is", metrics=metrics, models={"champion": bundle.policy.sha256}
+    )
+    return run.loop.finish(run.folder, record, bundle)
+
+
+def run_improvement(run: RoundRun) -> RoundRecord:
+    """One improvement round. The old champion stays unless the gate says otherwise."""
+    champion = run.loop.state.champion
+    assert champion is not None, "round 0 comes first"
+    n = run.folder.round
+    policy = run.part(champion.policy)
+    earlier = run.earlier("search")
+    problems = run.stage("problems", {**earlier, **_first_sets(run)}, heavy=False)
+    if not _has_problems(problems.path):
+        raise NothingToDo("nothing new and nothing unsolved: every training problem was searched and solved")
+    baseline = run.stage("baseline", {"problems": problems, "policy": policy})
+    searched = run.stage("search", {"problems": problems, "policy": policy})
+    base = run.of_round(0, "base")
+    try:
+        selected = run.stage(
+            "select", {"problems": problems, "base": base, **earlier, **{f"search@{n:03d}": searched}}, heavy=False
+        )
+        trained = run.stage("distill", {"rows": selected, "base": base, "policy": policy})
+    except TrainingError as error:
+        return _finish(run, "rejected", f"training failed, the champion stays: {error}", None)
+    challenger = Source(_model(trained.path), trained.id)
+    evaluation = run.stage("evaluate", {"problems": problems, "policy": challenger})
+    gate = run.stage(
+        "gate", {"problems": problems, "baseline": baseline, "evaluate": evaluation, "select": selected}, heavy=False
+    )
+    verdict = json.loads((gate.path / "verdict.json").read_text(encoding="utf-8"))
+    winner = challenger if verdict["promoted"] else policy
+    fresh = {} if verdict["promoted"] else {"search": searched}
+    old = {"previous": run.part(champion.difficulty)} if champion.difficulty else {}
+    difficulty = run.stage("difficulty", {"problems": problems, "policy": winner, **old, **fresh})
+    reason = "; ".join(verdict["reasons"])
+    if not verdict["promoted"]:
+        return _finish(run, "rejected", reason, None)
+    bundle = Bundle(n, run.loop.part(challenger.path), difficulty=_fitted(run, difficulty))
+    return _finish(run, "promoted", reason, bundle)
+
+
+def run_control(run: RoundRun) -> RoundRecord:
+    """What the gain is compared with: equal rows without search, or equal training on the base's own data.
+
+    Starts from what the last finished round started from; never promotes and costs no look.
+    """
+    n = run.folder.round
+    problems, selected = run.of_round(n, "problems"), run.of_round(n, "select")
+    base = run.of_round(0, "base")
+    policy = Source(_model(base.path), base.id)
+    if run.control == "random":
+        policy = run.part(_champion_before(run.loop, n).policy)
+        searched = run.stage("search", {"problems": problems, "policy": policy, "reference": run.of_round(n, "search")})
+        rows = run.stage(
+            "select", {"problems": problems, "base": base, "reference": selected, "search": searched}, heavy=False
+        )
+    else:
+        rows = run.stage("select", {"problems": problems, "base": base, "reference": selected}, heavy=False)
+    trained = run.stage("distill", {"rows": rows, "base": base, "policy": policy})
+    challenger = Source(_model(trained.path), trained.id)
+    run.stage("evaluate", {"problems": problems, "policy": challenger})
+    metrics = read_metrics(run.folder.path / "evaluate")
+    reason = f"control: {run.control}"
+    record = RoundRecord(n, "control", reason, kind=run.folder.kind, metrics=metrics)
+    return run.loop.finish(run.folder, record)
+
+
+def _finish(run: RoundRun, verdict: Any, reason: str, bundle: Bundle | None) -> RoundRecord:
+    metrics: dict[str, float] = {}
+    for stage in ("problems", "search", "select", "distill", "evaluate", "gate", "difficulty"):
+        metrics |= read_metrics(run.folder.path / stage)
+    looked = (run.folder.path / "gate").is_dir()
+    record = RoundRecord(
+        run.folder.round,
+        verdict,
+        reason,
+        config_changes=config_changes(run),
+        metrics=metrics,
+        gate_set=gate_set(run.config, run.folder.round) if looked else None,
+    )
+    crash_point("round.verdict")
+    return run.loop.finish(run.folder, record, bundle)
+
+
+def gate_set(config: Config, round_number: int) -> str:
+    """Names the gate set that looks are counted on: generated tasks draw a fresh one each round."""
+    fresh = config.task.type in ("countdown", "arithmetic")
+    return f"fresh-{round_number:03d}" if fresh else "gate"
+
+
+def config_changes(run: RoundRun) -> dict[str, Any]:
+    """What differs from the configuration of the round before: {"search.samples": [16, 32]}."""
+    before = [record for record in run.loop.state.rounds if record.kind == "round"]
+    if not before:
+        return {}
+    path = run.loop.path / before[-1].folder / "config.json"
+    old = load.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return {key: list(pair) for key, pair in load.difference(old, run.config).items()}
+
+
+def _model(stage: Path) -> Path:
+    """The policy a stage left: a model folder, or a model.json that refers to one elsewhere."""
+    return stage / "model" if (stage / "model").is_dir() else stage / "model.json"
+
+
+def _first_sets(run: RoundRun) -> dict[str, Source]:
+    return {"problems@000": run.of_round(0, "problems")}
+
+
+def _has_problems(sets: Path) -> bool:
+    return bool(json.loads((sets / "counts.json").read_text(encoding="utf-8"))["search"])
+
+
+def _fitted(run: RoundRun, difficulty: Source) -> Part | None:
+    """The difficulty predictor as a part of the bundle; None where it was found unusable."""
+    fitted = json.loads((difficulty.path / "probe.json").read_text(encoding="utf-8"))
+    return run.loop.part(difficulty.path) if fitted["usable"] else None
+
+
+def _champion_before(loop: Loop, round_number: int) -> Bundle:
+    """The bundle that round `round_number` began with."""
+    moves = [move for move in loop.state.moves if move.bundle.round < round_number]
+    if not moves:
+        raise UserError(f"no champion before round {round_number} is recorded")
+    return moves[-1].bundle
+
+
+def resume_or_begin(loop: Loop, config: Config, *, kind: str, round_number: int | None) -> RoundFolder:
+    """The unfinished round of this kind, or a new one. Raises UserError (exit 2) where CONFIG is another one."""
+    folder = loop.unfinished(kind)
+    if folder is None:
+        return loop.begin_round(load.dump(config), kind=kind, round=round_number)
+    frozen = load.parse(json.loads(folder.config_json()), str(folder.path / "config.json"))
+    changed = {k: v for k, v in load.difference(frozen, config).items() if k.split(".")[0] not in IRRELEVANT}
+    if changed:
+        shown = ", ".join(f"{key} ({old!r} in the round, {new!r} now)" for key, (old, new) in changed.items())
+        error = UserError(
+            f"{folder.path.name} is unfinished and goes on with its own configuration, which differs in {shown}: "
+            "run with that configuration to finish it, or give it up with --abandon"
+        )
+        error.exit_code = 2
+        raise error
+    return replace(folder)

@@ -1,0 +1,141 @@
+"""What a round looks like in the terminal: progress on stderr while it runs, a short table on stdout at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def seconds(value: float) -> str:
+    """A duration a person reads at a glance: "0.4 s", "12 s", "1 min 40 s", "2 h 05 min"."""
+    if value < 9.95:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def count(value: float) -> str:
+    """A count in few digits: "950", "48.2 k", "1.30 M", "2.1e12"."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:g}"
+
+
+class _Left(TextColumn):
+    """Time left of a stage: from its own speed once it has one, before that from how long it took last time."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text("")
+        elapsed = task.elapsed or 0.0
+        done = task.completed / task.total if task.total else 0.0
+        if done > 0.02:
+            left = elapsed * (1 - done) / done
+        elif task.fields["expected_s"]:
+            left = max(task.fields["expected_s"] - elapsed, 0.0)
+        else:
+            return Text(f"{seconds(elapsed)} so far", style="dim")
+        return Text(f"about {seconds(left)} left", style="dim")
+
+
+class Display:
+    """Implements the driver's observer on a console. One line a stage; the running one has a bar and the time left."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started_s = 0.0
+
+    def round_started(self, title: str, expected_s: float | None) -> None:
+        about = f"  [dim]expected {seconds(expected_s)}[/dim]" if expected_s else ""
+        self.console.print(f"[bold]{title}[/bold]{about}", highlight=False)
+
+    def stage_started(self, name: str, what: str, expected_s: float | None) -> None:
+        self._started_s = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[info]}", markup=False),
+            _Left(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(f"{name:<11}", total=None, info=what, expected_s=expected_s)
+        self._progress.start()
+
+    def progress(self, name: str, done: float, total: float, **info: Any) -> None:
+        if self._progress is None or self._task is None:
+            return
+        shown = f"{done:g}/{total:g}"
+        if "tokens" in info:
+            elapsed = max(time.monotonic() - self._started_s, 1e-3)
+            shown += f" · {count(info['tokens'] / elapsed)} tok/s"
+        if "loss" in info:
+            shown += f" · loss {info['loss']:.3f}"
+        self._progress.update(self._task, completed=done, total=total, info=shown)
+
+    def stage_finished(self, name: str, wall_s: float, note: str, *, resumed: bool) -> None:
+        self._stop()
+        time_text = "done earlier" if resumed else seconds(wall_s)
+        line = Text.assemble(("  ✓ ", "green"), f"{name:<11}", f"{note:<64}", (time_text, "dim"))
+        self.console.print(line)
+
+    def stage_failed(self, name: str, message: str) -> None:
+        self._stop()
+        self.console.print(Text.assemble(("  ✗ ", "red"), f"{name:<11}", message))
+
+    def note(self, message: str) -> None:
+        self.console.print(Text(f"    {message}", style="dim"))
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def round_table(rows: Sequence[tuple[str, float | None, float | None, tuple[float, float, float] | None]]) -> Table:
+    """Before, after, gain with its 95 % interval, one figure a row. Values are shares; gain = (mean, low, high)."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for column in ("before", "after", "gain, points (95 %)"):
+        table.add_column(column, justify="right")
+    for name, before, after, gain in rows:
+        shown = "-" if gain is None else f"{100 * gain[0]:+.1f} ({100 * gain[1]:+.1f} to {100 * gain[2]:+.1f})"
+        table.add_row(name, percent(before), percent(after), shown)
+    return table
+
+
+def tail(path: Path, num_lines: int = 12) -> str:
+    """The last lines of a log, for an error message."""
+    try:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
+    except OSError:
+        return ""
+
+
+def json_ready(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Finite numbers only: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and v != v else v for k, v in value.items()}

@@ -1,0 +1,82 @@
+"""One stage as a process: `python -m flows.stage SPEC` (started by `flows.child`), or in this process.
+
+SPEC is JSON: what to run, on which inputs, into which folder. Threads are set before torch is imported; spinning
+OpenMP threads collapse when another process wants the cores, so they sleep instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from configs import load
+from flows.child import emit, run_child
+from flows.driver import StageCall
+from flows.quiet import QUIET
+
+
+def in_process(call: StageCall, progress: Callable[..., None]) -> None:
+    """Run the stage here: for light stages, tests and the smoke round."""
+    from flows import stages
+
+    context = stages.Context(call.config, call.round, progress, call.control)
+    getattr(stages, call.function)(context, call.inputs, call.out)
+
+
+def execute(call: StageCall, progress: Callable[..., None]) -> None:
+    """Run the stage where the configuration wants it: one that loads torch has its own process and memory."""
+    settings = call.config.stages
+    if settings.in_process or not call.heavy:
+        in_process(call, progress)
+        return
+
+    def on_event(event: dict[str, object]) -> None:
+        if event.get("event") == "progress":
+            progress(event["done"], event["total"], **event["info"])  # pyright: ignore[reportCallIssue]
+
+    run_child(
+        ["flows.stage", _spec(call)],
+        what=f"stage {call.out.name.removesuffix('.work')}",
+        log_path=call.out / "log.txt",
+        python=settings.python,
+        env=QUIET | {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"},
+        timeout_s=settings.timeout_s,
+        on_event=on_event,
+    )
+
+
+def _spec(call: StageCall) -> str:
+    return json.dumps(
+        {
+            "function": call.function,
+            "round": call.round,
+            "control": call.control,
+            "config": call.config.model_dump(mode="json"),
+            "inputs": {name: str(path) for name, path in call.inputs.items()},
+            "out": str(call.out),
+            "heavy": call.heavy,
+        }
+    )
+
+
+def _report(done: float, total: float, **info: object) -> None:
+    emit({"event": "progress", "done": done, "total": total, "info": info})
+
+
+def main(text: str) -> None:
+    """Run the stage that a SPEC describes, reporting progress to the parent."""
+    spec = json.loads(text)
+    spec["config"] = load.parse(spec["config"], "the round's configuration")
+    spec["inputs"] = {name: Path(path) for name, path in spec["inputs"].items()}
+    spec["out"] = Path(spec["out"])
+    call = StageCall(**spec)
+    threads = call.config.stages.threads or os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    in_process(call, _report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
