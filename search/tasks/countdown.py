@@ -137,8 +137,10 @@ class Countdown:
             if match is None:
                 return None
             a, b = _take(table, int(match[1])), _take(table, int(match[3]))
-            result = None if a is None or b is None else apply(a.value, match[2], b.value)
-            if a is None or b is None or result != int(match[4]) or result > self.config.max_intermediate:
+            if a is None or b is None:
+                return None
+            result = apply(a.value, match[2], b.value)
+            if result is None or result != int(match[4]) or result > self.config.max_intermediate:
                 return None
             node = Node(result, _expression(a, match[2], b), (a, b))
             table.append(node)

@@ -1,0 +1,147 @@
+"""Load a causal language model for inference (folder, hub name or LoRA adapter folder) and state its facts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Model
+from search.errors import ModelError
+from search.types import ModelFacts
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    facts: ModelFacts
+    vocab_size: int  # rows of the output head
+    eos_ids: tuple[int, ...]
+
+
+def load_model(source: Path | str, settings: Model, *, device: str) -> Loaded:
+    """The model in evaluation mode on its device; adapters are merged into their base.
+
+    Raises ModelError where the folder or hub name does not exist or lacks weights or a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = locate(source, settings.revision)
+    adapter = folder / "adapter_config.json"
+    base = locate(_base_of(adapter), settings.revision) if adapter.is_file() else folder
+    for one in dict.fromkeys((folder, base)):
+        _check_weights(one)
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    speaks = folder if (folder / "tokenizer_config.json").is_file() else base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(speaks, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{speaks} has no usable tokenizer: save it there with tokenizer.save_pretrained ({_first_line(error)})"
+        ) from error
+    model = _load_weights(base, settings).to(chosen)
+    if adapter.is_file():
+        from peft import PeftModel
+
+        merged: Any = PeftModel.from_pretrained(model, folder)
+        model = merged.merge_and_unload()
+    model.eval().requires_grad_(False)
+    facts = ModelFacts(_fingerprint(folder, base), flops_parameters(model), _max_length(model, tokenizer))
+    return Loaded(model, tokenizer, chosen, facts, _head(model).weight.shape[0], _eos_ids(model, tokenizer))
+
+
+def locate(source: Path | str, revision: str | None = None) -> Path:
+    """The local folder of a model: as given, or a snapshot of the hub's. Raises ModelError."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or not HUB_NAME.fullmatch(source):
+        raise ModelError(
+            f"there is no model folder {source}: give a folder with config.json, or a hub name 'org/model'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
+    except (OSError, ValueError) as error:  # every hub error is one of the two
+        raise ModelError(
+            f"the model '{source}' is neither a folder nor can it be fetched from the hub ({_first_line(error)}): "
+            "check the name, model.revision and HF_HUB_OFFLINE, or give a local folder"
+        ) from error
+
+
+def flops_parameters(model: Any) -> int:
+    """Parameters a token passes through: all but the embeddings, plus the output head (also where it is tied)."""
+    ends = {id(p): p for p in (model.get_input_embeddings().weight, _head(model).weight)}
+    inner = sum(p.numel() for p in model.parameters() if id(p) not in ends)
+    return inner + _head(model).weight.numel()
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings()
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{adapter} does not name its base model: train the adapter again") from error
+
+
+def _check_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds no weights (*.safetensors): point to the folder that save_pretrained wrote; "
+            "pickled weights (*.bin) are never loaded, convert them first"
+        )
+
+
+def _load_weights(base: Path, settings: Model) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    extra = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base, dtype=settings.dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code, **extra
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{base} cannot be loaded as a causal language model: {_first_line(error)}") from error
+
+
+def _fingerprint(*folders: Path) -> str:
+    """sha256 over the weight files of the folders, 16 hex digits."""
+    digest = hashlib.sha256()
+    for folder in dict.fromkeys(folders):
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _max_length(model: Any, tokenizer: Any) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = [n for n in (positions, tokenizer.model_max_length) if n is not None and n < 10**9]
+    return int(min(known)) if known else 2048
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends an answer: chat models list several in their generation config."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    ids = listed if isinstance(listed, list) else [listed]
+    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,352 @@
+"""The transformers engine: any Hugging Face causal language model or LoRA adapter folder, sampled by an own loop.
+
+Requests are sorted by prefix length and batched; requests with the same prefix share its prefill; rows that finished
+leave the batch. Token t of a request is drawn by inverting the cumulative distribution at uniform(key, position), so
+it depends on the request alone, never on its neighbours (up to rounding: batches of another shape may round
+differently). Left out: a prefix cache that outlives a call, refilling a running batch, top-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from configs.schema import Model
+from configs.schema import TransformersEngine as EngineSettings
+from search.engines.loading import Loaded, load_model
+from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
+from search.types import Capabilities, Continuation, Finish, Request
+
+SHRINK_BELOW = 0.8  # rows leave the batch once this share is still running: copying the cache has a price too
+CUT_AT = 0.25  # a batch this full ends where the prefix length changes: equal lengths need no padding
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Requests that share a prefix; `rows` index the call's requests."""
+
+    prefix: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+class TransformersEngine:
+    """Implements search.types.Engine.
+
+    Raises ModelError where the model cannot be loaded; see `search.engines.loading.load_model`.
+    """
+
+    def __init__(self, model_dir: Path | str, engine: EngineSettings, model: Model, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded: Loaded = load_model(model_dir, model, device=engine.device)
+        self.capabilities = Capabilities(
+            token_ids=True, seeds=True, logprobs=True, prefix_cache=True, hidden_states=True
+        )
+        self.facts = loaded.facts
+        self.tokenizer = loaded.tokenizer
+        self._engine = engine
+        self._model: Any = loaded.model
+        self._device = loaded.device
+        self._vocab_size = loaded.vocab_size
+        self._stops = StopTable(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids, loaded.device)
+
+    def close(self) -> None:
+        self._model = None
+
+    # ------------------------------------------------------------ generation
+
+    @torch.inference_mode()
+    def extend(self, requests: Sequence[Request]) -> list[Continuation]:
+        """One continuation a request, in order. A prefix that fills the context: OVERFLOW; an unusable one: ERROR."""
+        assert self._model is not None, "the engine was closed"
+        results: dict[int, Continuation] = {}
+        by_prefix: dict[tuple[int, ...], list[int]] = {}
+        for row, request in enumerate(requests):
+            refused = self._refuse(request)
+            if refused is not None:
+                results[row] = Continuation((), refused)
+            else:
+                by_prefix.setdefault(request.prefix, []).append(row)
+        groups = [_Group(prefix, tuple(rows)) for prefix, rows in by_prefix.items()]
+        groups.sort(key=lambda group: len(group.prefix))
+        for batch in self._batches(groups, requests):
+            self._run(batch, requests, results)
+        return [results[row] for row in range(len(requests))]
+
+    def _refuse(self, request: Request) -> Finish | None:
+        if len(request.prefix) >= self.facts.max_length:
+            return Finish.OVERFLOW
+        if not request.prefix or min(request.prefix) < 0 or max(request.prefix) >= self._vocab_size:
+            return Finish.ERROR
+        return Finish.LENGTH if request.max_new_tokens < 1 else None
+
+    def _batches(self, groups: Sequence[_Group], requests: Sequence[Request]) -> Iterator[list[_Group]]:
+        """Groups cut into batches within the row and token limits; a group too large for one is split."""
+        batch: list[_Group] = []
+        num_rows = longest = 0
+        for group in groups:
+            room = max(requests[row].max_new_tokens for row in group.rows)
+            needed = min(len(group.prefix) + room, self.facts.max_length)
+            most = max(1, min(self._engine.max_batch_rows, self._engine.batch_tokens // max(longest, needed)))
+            changed = bool(batch) and len(batch[-1].prefix) != len(group.prefix)
+            if batch and (num_rows + len(group.rows) > most or (changed and num_rows >= CUT_AT * most)):
+                yield batch
+                batch, num_rows, longest = [], 0, 0
+                most = max(1, min(self._engine.max_batch_rows, self._engine.batch_tokens // needed))
+            for start in range(0, len(group.rows), most):
+                if batch and num_rows + len(group.rows) - start > most:
+                    yield batch
+                    batch, num_rows, longest = [], 0, 0
+                rows = group.rows[start : start + most]
+                batch.append(_Group(group.prefix, rows))
+                num_rows, longest = num_rows + len(rows), max(longest, needed)
+        if batch:
+            yield batch
+
+    def _run(self, batch: list[_Group], requests: Sequence[Request], results: dict[int, Continuation]) -> None:
+        """Run a batch; where a GPU has too little memory for it, its halves."""
+        num_rows = sum(len(group.rows) for group in batch)
+        try:
+            results |= _Decoding(self, batch, requests).run()
+            return
+        except torch.cuda.OutOfMemoryError:
+            if num_rows == 1:
+                results[batch[0].rows[0]] = Continuation((), Finish.ERROR)
+                return
+        torch.cuda.empty_cache()
+        single = [_Group(group.prefix, (row,)) for group in batch for row in group.rows]
+        for half in (single[: num_rows // 2], single[num_rows // 2 :]):
+            self._run(half, requests, results)
+
+    # ------------------------------------------------------------ hidden states
+
+    @torch.inference_mode()
+    def hidden_states(self, prefixes: Sequence[Sequence[int]]) -> np.ndarray:
+        """Float32 [P, layers + 1, 2, hidden]: each layer's states at the last token, and their mean over all tokens."""
+        assert self._model is not None, "the engine was closed"
+        order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+        found: dict[int, np.ndarray] = {}
+        longest = max((len(prefix) for prefix in prefixes), default=1)
+        size = max(1, min(self._engine.max_batch_rows, self._engine.batch_tokens // (4 * longest)))
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            ids, mask = self.pad([prefixes[i] for i in rows])
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            output = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+            weights = (mask / mask.sum(-1, keepdim=True))[:, :, None].float()
+            pooled = [torch.stack([h[:, -1].float(), (h.float() * weights).sum(1)], 1) for h in output.hidden_states]
+            states = torch.stack(pooled, 1).cpu().numpy()
+            found |= {row: states[i] for i, row in enumerate(rows)}
+        return np.stack([found[i] for i in range(len(prefixes))])
+
+    def pad(self, prefixes: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded ids and their mask, both [rows, longest]."""
+        longest = max(len(prefix) for prefix in prefixes)
+        pad = self._stops.pad_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prefixes], device=self._device)
+        lengths = torch.tensor([len(p) for p in prefixes], device=self._device)
+        mask = torch.arange(longest, device=self._device)[None] >= longest - lengths[:, None]
+        return ids, mask.long()
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def stops(self) -> StopTable:
+        return self._stops
+
+
+class _Decoding:
+    """One batch from prefill to its last token. Tensors indexed by `rows` cover the rows still in the batch."""
+
+    def __init__(self, engine: TransformersEngine, batch: list[_Group], requests: Sequence[Request]) -> None:
+        self.engine = engine
+        self.batch = batch
+        self.order = [row for group in batch for row in group.rows]
+        self.requests = [requests[row] for row in self.order]
+        device = engine.device
+        longest = engine.facts.max_length
+        limits = [min(r.max_new_tokens, longest - len(r.prefix)) for r in self.requests]
+        self.limits = torch.tensor(limits, device=device)
+        self.starts = torch.tensor([len(r.prefix) for r in self.requests], device=device)
+        self.keys = torch.tensor([_signed(r.key) for r in self.requests], device=device)
+        self.temperatures = torch.tensor([r.temperature for r in self.requests], device=device)
+        self.stop_rows = torch.tensor([engine.stops.index(r.stop) for r in self.requests], device=device)
+        self.ids = torch.zeros(len(self.order), max(limits), dtype=torch.long, device=device)
+        self.lengths = torch.zeros(len(self.order), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(self.order), dtype=torch.float64, device=device)
+        self.ended = torch.zeros(len(self.order), dtype=torch.long, device=device)  # index into _FINISHES
+
+    def run(self) -> dict[int, Continuation]:
+        logits, cache, mask = self._prefill()
+        rows = torch.arange(len(self.order), device=self.engine.device)
+        for step in range(self.ids.shape[1]):
+            tokens = self._draw(rows, logits, step)
+            running = self.ended[rows] == 0
+            num_running = int(running.sum())
+            if num_running == 0:
+                break
+            if num_running <= SHRINK_BELOW * len(rows):
+                keep = running.nonzero().squeeze(1)
+                rows, tokens = rows[keep], tokens[keep]
+                cache.batch_select_indices(keep)
+                mask = mask[keep] if mask is not None else None
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            extra = (
+                {} if mask is None else {"attention_mask": mask, "position_ids": (self.starts[rows] + step)[:, None]}
+            )
+            logits = self.engine.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, **extra).logits
+        return self._collect()
+
+    def _prefill(self) -> tuple[torch.Tensor, DynamicCache, torch.Tensor | None]:
+        """Each distinct prefix once, then its keys and values repeated for every row that shares it."""
+        model, prefixes = self.engine.model, [group.prefix for group in self.batch]
+        ids, mask = self.engine.pad(prefixes)
+        padded = len({len(prefix) for prefix in prefixes}) > 1
+        extra: dict[str, Any] = {"logits_to_keep": 1}
+        if padded:
+            extra |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        cache = _growing_cache(model.config, room=self.ids.shape[1])
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra).logits
+        if len(self.order) == len(self.batch):
+            return logits, cache, mask if padded else None
+        counts = torch.tensor([len(group.rows) for group in self.batch], device=ids.device)
+        source = torch.arange(len(self.batch), device=ids.device).repeat_interleave(counts)
+        cache.batch_select_indices(source)
+        return logits[source], cache, mask[source] if padded else None
+
+    def _draw(self, rows: torch.Tensor, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """Draw the next token of every row, record it where the row still runs, and note which rows end."""
+        stops = self.engine.stops
+        scores = logits[:, -1].float()
+        if scores.shape[1] > stops.num_tokens:  # padding of the embedding: no token has these ids
+            scores[:, stops.num_tokens :] = -math.inf
+        temperatures = self.temperatures[rows]
+        scaled = scores / temperatures.clamp(min=1e-6)[:, None]
+        cumulative = scaled.softmax(-1).double().cumsum(-1)
+        draws = uniform(self.keys[rows], self.starts[rows] + step)[:, None] * cumulative[:, -1:]
+        sampled = torch.searchsorted(cumulative, draws, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
+        tokens = torch.where(temperatures > 0, sampled, scores.argmax(-1))
+        picked = scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
+
+        running = self.ended[rows] == 0
+        live, new = rows[running], tokens[running]
+        self.ids[live, step] = new
+        self.lengths[live] = step + 1
+        self.logprobs[live] += picked[running].double()
+        code = torch.where(self.limits[live] <= step + 1, _LENGTH, 0)
+        verdict = stops.verdicts(self.stop_rows[live], new)
+        code = torch.where(verdict == CERTAIN, _STOP, code)
+        for i in (verdict == POSSIBLE).nonzero().squeeze(1).tolist():
+            row = int(live[i])
+            if stops.completes(self.requests[row].stop, self.ids[row, : step + 1].tolist()):
+                code[i] = _STOP
+        self.ended[live] = torch.where(stops.is_eos(new), _EOS, code)
+        return tokens
+
+    def _collect(self) -> dict[int, Continuation]:
+        ids, lengths, ended = self.ids.tolist(), self.lengths.tolist(), self.ended.tolist()
+        logprobs = self.logprobs.tolist()
+        firsts, position = set[int](), 0
+        for group in self.batch:
+            firsts.add(position)
+            position += len(group.rows)
+        return {
+            row: Continuation(
+                ids=tuple(ids[i][: lengths[i]]),
+                finish=_FINISHES[ended[i]],
+                prefilled_tokens=len(self.requests[i].prefix) if i in firsts else 0,
+                cached_tokens=0 if i in firsts else len(self.requests[i].prefix),
+                logprob=logprobs[i],
+            )
+            for i, row in enumerate(self.order)
+        }
+
+
+_FINISHES = (Finish.LENGTH, Finish.STOP, Finish.EOS, Finish.LENGTH)
+_STOP, _EOS, _LENGTH = 1, 2, 3
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values written into one buffer with room for the whole answer, instead of copied at every token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        held = 0 if self.buffers is None else self.get_seq_length()
+        total = held + key_states.shape[-2]
+        if self.buffers is None or total > self.buffers[0].shape[-2]:
+            if self.buffers is None:
+                self.lazy_initialization(key_states, value_states)
+            self.buffers = (
+                self._enlarged(self.keys, key_states, total),
+                self._enlarged(self.values, value_states, total),
+            )
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., held:total, :] = states
+        self.keys, self.values = (buffer[..., :total, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def _enlarged(self, old: torch.Tensor | None, like: torch.Tensor, total: int) -> torch.Tensor:
+        batch, heads, _, width = like.shape
+        buffer = like.new_empty(batch, heads, total + self.room, width)
+        if old is not None and old.numel():
+            buffer[..., : old.shape[-2], :] = old
+        return buffer
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.buffers is None:
+            return
+        held = self.get_seq_length()
+        fresh: list[torch.Tensor] = []
+        for buffer in self.buffers:
+            chosen = buffer.new_empty(len(indices), *buffer.shape[1:])
+            chosen[..., :held, :] = buffer[..., :held, :].index_select(0, indices)
+            fresh.append(chosen)
+        self.buffers = (fresh[0], fresh[1])
+        self.keys, self.values = (buffer[..., :held, :] for buffer in self.buffers)
+
+
+def _growing_cache(config: Any, room: int) -> DynamicCache:
+    """A cache whose plain attention layers grow in place; sliding windows and the like stay the library's."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Float64 in [0, 1) for each (64-bit key, position): splitmix64's finaliser over key + position * constant.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014). Signed arithmetic
+    wraps, so it gives the same bits; shifts are made logical by a mask.
+    """
+    z = keys + (positions + 1) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    z = z ^ _shifted(z, 31)
+    return _shifted(z, 11).double() * 2.0**-53
+
+
+def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
