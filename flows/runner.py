@@ -4,6 +4,7 @@ the next. No Prefect, no MLflow: `flows.round` adds them."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def improve(
         try:
             records.append(_run(loop, folder, observer, run, call, driver.run_improvement))
         except driver.NothingToDo as reason:
-            loop.discard(folder)
+            shutil.rmtree(folder.path)  # it holds nothing but the list of problems
             return Outcome(loop.path, tuple(records), nothing=str(reason))
         return Outcome(loop.path, tuple(records))
 

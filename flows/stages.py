@@ -14,7 +14,7 @@ from search import answers
 from search.engines import load_engine
 from search.engines.reference import policy_path
 from search.policy import Sampler
-from search.run import Plan, Progress, read_results, run_shards
+from search.run import Plan, Progress, merge_shards, read_results, run_shards
 from search.sets import draw_sets, read_outcomes, read_problems, write_sets
 from search.strategies.best_of_n import best_of_n, greedy
 from search.tasks import load_task
@@ -166,9 +166,13 @@ def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) 
         spend += run_shards(problems, plan, task, sampler, out / name, shard_problems=1000, progress=progress)
         done += len(problems) * samples
     engine.close()
+    for name, _, _ in work:
+        merge_shards(out / name, out / f"{name}.jsonl")
     for name in names:
-        figures = summary(out / f"greedy-{name}", out / f"pool-{name}", k)
-        metrics |= {f"{name}/{figure}": (e.value, e.se) for figure, e in figures.items()}
+        ks = [size for size in k if size <= pools[name][1]]
+        figures = summary(out / f"greedy-{name}.jsonl", out / f"pool-{name}.jsonl", ks)
+        metrics |= {figure.replace("test/", f"{name}_set/"): (e.value, e.se) for figure, e in figures.items()}
+    metrics = {name.replace("test_set/", "test/"): value for name, value in metrics.items()}
     write_json(out / "spend.json", spend.to_json())
     write_metrics(out, metrics)
 

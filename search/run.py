@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def run_shards(
     return total
 
 
-def write_results(results: Sequence[SearchResult], path: Path) -> None:
+def write_results(results: Iterable[SearchResult], path: Path) -> None:
     """One JSON line a result; the file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
@@ -124,6 +125,13 @@ def write_results(results: Sequence[SearchResult], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def merge_shards(folder: Path, path: Path) -> None:
+    """One file of a folder's shards, which goes. Interrupted, it is done again."""
+    if folder.is_dir():
+        write_results(read_results(folder), path)
+        shutil.rmtree(folder)
 
 
 def read_results(*paths: Path) -> Iterator[SearchResult]:

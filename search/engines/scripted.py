@@ -14,7 +14,7 @@ from typing import Any
 from configs.schema import ScriptedEngine as ScriptedConfig
 from search.errors import ModelError
 from search.randomness import key64
-from search.types import Capabilities, Continuation, Finish, ModelFacts, Problem, Request, Task
+from search.types import Capabilities, Continuation, Finish, ModelFacts, Request, Task
 
 EOS, SEPARATOR = 256, 257
 Reply = Callable[[str, float, int], str]  # (prompt, temperature, key) -> the whole answer
@@ -84,7 +84,7 @@ def _task_reply(task: Any, accuracy: float, fingerprint: str) -> Reply:
     def reply(prompt: str, temperature: float, key: int) -> str:
         chance = accuracy + 0.6 * (key64(prompt) / 2**64 - 0.5)
         draw = 0.5 if temperature == 0 else key64(fingerprint, key) / 2**64
-        solution = task.solve(Problem(prompt, prompt, meta={})) if draw < chance else None
+        solution = task.solve(task.parse(prompt.strip())) if draw < chance else None
         return solution if solution is not None else "I do not know\n"
 
     return reply
