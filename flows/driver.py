@@ -62,6 +62,7 @@ class StageCall:
     inputs: Mapping[str, Path]
     out: Path
     heavy: bool
+    look: int
 
 
 def plain_call(name: str, run: Callable[[], Manifest]) -> Manifest:
@@ -102,7 +103,8 @@ class RoundRun:
         started_s = time.monotonic()
         out = stage.begin(key)
         paths = {key: source.path for key, source in inputs.items()}
-        call = StageCall(name, self.folder.round, self.control, self.config, paths, out, heavy)
+        look = self.loop.state.look(gate_set(self.config, self.folder.round))
+        call = StageCall(name, self.folder.round, self.control, self.config, paths, out, heavy, look)
         try:
             self._execute(call, lambda *a, **info: self._observer.progress(name, *a, **info))
         except Exception as error:
@@ -198,7 +200,9 @@ def run_improvement(run: RoundRun) -> RoundRecord:
     base = run.of_round(0, "base")
     try:
         selected = run.stage(
-            "select", {"problems": problems, "base": base, **earlier, **{f"search@{n:03d}": searched}}, heavy=False
+            "select",
+            {"problems": problems, "base": base, **earlier, **run.earlier("select"), f"search@{n:03d}": searched},
+            heavy=False,
         )
         trained = run.stage("distill", {"rows": selected, "base": base, "policy": policy})
     except TrainingError as error:

@@ -20,10 +20,11 @@ from flows.quiet import QUIET
 
 def in_process(call: StageCall, progress: Callable[..., None]) -> None:
     """Run the stage here: for light stages, tests and the smoke round."""
-    from flows import stages
+    from flows import learning, stages
 
-    context = stages.Context(call.config, call.round, progress, call.control)
-    getattr(stages, call.function)(context, call.inputs, call.out)
+    context = stages.Context(call.config, call.round, progress, call.control, call.look)
+    module = stages if hasattr(stages, call.function) else learning
+    getattr(module, call.function)(context, call.inputs, call.out)
 
 
 def execute(call: StageCall, progress: Callable[..., None]) -> None:
@@ -58,6 +59,7 @@ def _spec(call: StageCall) -> str:
             "inputs": {name: str(path) for name, path in call.inputs.items()},
             "out": str(call.out),
             "heavy": call.heavy,
+            "look": call.look,
         }
     )
 

@@ -31,6 +31,7 @@ class Context:
     round: int
     progress: Progress
     control: str | None = None  # "random" or "bootstrap" in a control round
+    look: int = 1  # j of the gate's look at its set since the last promotion
 
 
 def write_metrics(out: Path, metrics: Mapping[str, float | tuple[float, float]]) -> None:
