@@ -212,7 +212,9 @@ class Select(Section):
     rounds: Literal["all", "last"] = Field(
         default="all", description="pool the searched answers of all rounds, or the last"
     )
-    replay: Fraction = Field(default=0.15, description="share of training rows taken from the base model's own data")
+    replay: float = Field(
+        default=0.15, ge=0, lt=1, description="share of training rows taken from the base model's own data"
+    )
     min_rows: PositiveInt = Field(default=50, description="fewer rows than this end the round with the old champion")
     max_response_tokens: PositiveInt | None = None
 
