@@ -1,0 +1,135 @@
+"""Locks the kernel frees when their holder dies: one a loop, one a GPU.
+
+`flock` on a file that also says who holds it. The descriptor is not inherited by programs the holder starts (CLOEXEC)
+and is closed in forks, so a child that outlives its parent never keeps the lock. On NFS, Linux turns flock into a
+byte-range lock on the server, which is enough; file systems that cannot lock are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flows.artefacts import disk_errors
+from search.errors import DiskError, LockedError
+
+_held: set[int] = set()
+
+
+def _close_in_fork() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lock. Example: Holder("round 3 of loop countdown", 4711, "node7", "2026-01-31T09:00:00+00:00", ..)"""
+
+    what: str
+    pid: int
+    host: str
+    since: str  # UTC
+    command: str
+    process_started_s: float  # seconds since the epoch: tells a recycled pid
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock at `path`, doing `what`. Raises LockedError naming the holder after `wait_s`, DiskError."""
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    owner = os.getpid()
+    _held.add(descriptor)
+    try:
+        _acquire(descriptor, path, wait_s)
+        with disk_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(_myself(what))).encode(), 0)
+        yield
+        if os.getpid() == owner:
+            os.ftruncate(descriptor, 0)  # the file stays: unlinking a lock file lets two processes in
+    finally:
+        if os.getpid() == owner:  # a fork that unwinds through here has closed its copy already
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def gpu_lock(runs_dir: Path, device: str, what: str, *, wait_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
+    """One process at a time on one GPU. `device`: its index or UUID, as CUDA_VISIBLE_DEVICES names it."""
+    safe = "".join(c if c.isalnum() else "-" for c in device)
+    return lock(runs_dir / f".gpu-{safe}.lock", what, wait_s=wait_s)
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds the lock, for display; None: nobody. Only reads: asking never makes another's attempt fail."""
+    try:
+        found = Holder(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if found.host != socket.gethostname():
+        return found
+    started = _process_started_s(found.pid)
+    return found if started is not None and abs(started - found.process_started_s) < 2 else None
+
+
+def _acquire(descriptor: int, path: Path, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise DiskError(f"{path} cannot be locked ({error.strerror}): keep runs on a local disk") from error
+        if time.monotonic() >= deadline:
+            raise LockedError(_refusal(path))
+        time.sleep(0.1)
+
+
+def _refusal(path: Path) -> str:
+    """Who is in the way. The holder writes its name just after taking the lock, so look a few times."""
+    for _ in range(10):
+        found = holder(path)
+        if found is not None:
+            return (
+                f"{found.what} is being done by process {found.pid} on {found.host} since {found.since} "
+                f"({found.command}); wait for it, or stop it with `kill {found.pid}`"
+            )
+        time.sleep(0.02)
+    return f"{path} is locked by another process; wait for it (`fuser {path}` names it)"
+
+
+def _myself(what: str) -> Holder:
+    started_s = _process_started_s(os.getpid())
+    return Holder(
+        what=what,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200] if sys.argv else "python",
+        process_started_s=started_s if started_s is not None else 0.0,
+    )
+
+
+def _process_started_s(pid: int) -> float | None:
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
