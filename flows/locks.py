@@ -65,6 +65,7 @@ def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
             os.ftruncate(descriptor, 0)  # the file stays: unlinking a lock file lets two processes in
     finally:
         if os.getpid() == owner:  # a fork that unwinds through here has closed its copy already
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # frees it also where a fork has not closed its copy yet
             _held.discard(descriptor)
             os.close(descriptor)
 
