@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search.errors import EngineError
-from search.tasks.compare import bad_gold, gold_answer, judge
+from search.tasks.compare import bad_gold, gold_answer, is_echo, judge
 from search.tasks.math_answers import AnswerType, extract, normal, refused
 from search.types import Grade, Graded
 
@@ -65,15 +66,24 @@ class GraderPool:
         self._lock = threading.Lock()
         weakref.finalize(self, _stop, self._workers)
 
-    def grade(self, pairs: Sequence[tuple[str | None, str]], answer_type: AnswerType = "math") -> list[Graded]:
+    def grade(
+        self,
+        pairs: Sequence[tuple[str | None, str]],
+        answer_type: AnswerType = "math",
+        questions: Sequence[str | None] = (),
+    ) -> list[Graded]:
         """One verdict for every (gold, response), in order. Never raises for what a response contains.
 
-        gold None gives UNGRADED with the canonical answer. Raises EngineError where no worker can start.
+        gold None gives UNGRADED with the canonical answer. `questions`, one a pair where given: an answer that only
+        repeats an expression of its question is wrong. Raises EngineError where no worker can start.
         """
         drafts = [_draft(gold, response, answer_type) for gold, response in pairs]
         jobs = list(dict.fromkeys(job for _, job in drafts if job))
         done = dict(zip(jobs, self.compare(jobs), strict=True))  # equal pairs are compared once
-        return [draft if job is None else _merge(draft, job, done[job]) for draft, job in drafts]
+        graded = [draft if job is None else _merge(draft, job, done[job]) for draft, job in drafts]
+        if not questions or answer_type != "math":
+            return graded
+        return [_not_echoed(q, *p, g) for q, p, g in zip(questions, pairs, graded, strict=True)]
 
     def compare(self, jobs: Sequence[_Job]) -> list[Comparison]:
         """The symbolic comparisons, in the workers; in order."""
@@ -108,6 +118,7 @@ def _draft(gold: str | None, response: str, answer_type: AnswerType) -> tuple[Gr
     answer = extract(response, answer_type).answer
     if answer is None or refused(answer):
         return Graded(Grade.WRONG if gold is not None else Grade.UNGRADED, None), None
+    answer = " ".join(answer.split())  # runs of spaces cost the symbolic reader cubic time
     judged = judge(gold, answer, answer_type)
     draft = Graded(judged.grade or Grade.UNGRADED, judged.canonical)
     if judged.grade is None:
@@ -121,6 +132,15 @@ def _merge(draft: Graded, job: _Job, found: Comparison) -> Graded:
     if job.gold is not None and found.equal is not None:
         grade = Grade.CORRECT if found.equal else Grade.WRONG
     return Graded(grade, draft.answer or found.canonical or normal(job.answer) or None)
+
+
+def _not_echoed(question: str | None, gold: str | None, response: str, graded: Graded) -> Graded:
+    if question is None or gold is None or graded.grade is not Grade.CORRECT:
+        return graded
+    answer = extract(response).answer
+    if answer is not None and is_echo(question, gold_answer(gold, "math"), answer):
+        return Graded(Grade.WRONG, graded.answer)
+    return graded
 
 
 def _stop(workers: list[_Worker]) -> None:
@@ -200,6 +220,7 @@ class _Supervisor:
         self.pool, self.workers, self.jobs = pool, workers, jobs
         self.waiting = collections.deque(range(len(jobs)))
         self.found: dict[int, Comparison] = {}
+        self.retried: set[int] = set()
         self.failed_starts = 0
 
     def run(self) -> list[Comparison]:
@@ -268,10 +289,16 @@ class _Supervisor:
             self._lose(worker, "time")
 
     def _lose(self, worker: _Worker, why: str) -> None:
-        """End a worker. Its job is not graded; a worker that never got ready counts against the next start."""
+        """End a worker. A job it died over is tried once more, for it may have been killed from outside (or before it
+        began); a second death, or a limit, leaves the job ungraded. A worker never ready counts against the next start.
+        """
         worker.process.kill()
-        worker.process.wait()
-        if worker.job is not None:
+        if worker.process.wait() == -signal.SIGXCPU:
+            why = "time"
+        if worker.job is not None and why == "crash" and worker.job not in self.retried:
+            self.retried.add(worker.job)
+            self.waiting.appendleft(worker.job)
+        elif worker.job is not None:
             self.found[worker.job] = Comparison(None, None, why)
         elif not worker.ready:
             self.failed_starts += 1

@@ -54,7 +54,7 @@ _UNITS = re.compile(
 
 def gold_answer(text: str, answer_type: AnswerType) -> str:
     r"""The answer inside a gold column: after "####" or in the last \boxed{}, else the text itself."""
-    if "####" in text or re.search(r"\\f?boxed\b", text):
+    if "####" in text or re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", text):
         marked = re.findall(r"####[ \t]*([^\n]*)", text)
         return (marked[-1] if marked else extract(text, answer_type).answer or "").strip()
     return text.strip()

@@ -45,7 +45,7 @@ NUMBER = (
         "55",
     ),
     Example(
-        "Two pumps empty a pool of 2400 litres, one with 25 litres a minute, one with 35. How many minutes do they take?",
+        "Two pumps empty a pool of 2400 litres, one with 25 litres a minute, one with 35. How many minutes pass?",
         ("Together they pump 25 + 35 = 60 litres a minute.", "The pool is empty after 2400 / 60 = 40 minutes."),
         "40",
     ),

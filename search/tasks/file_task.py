@@ -19,9 +19,9 @@ from search.errors import DataError
 from search.grading import GraderPool
 from search.randomness import key64
 from search.tasks import files
-from search.tasks.compare import bad_gold, gold_answer, is_echo, judge
+from search.tasks.compare import bad_gold, gold_answer, judge
 from search.tasks.few_shot import Example, render
-from search.tasks.math_answers import AnswerType, extract
+from search.tasks.math_answers import AnswerType
 from search.tasks.splits import split_of
 from search.types import Grade, Graded, Problem, Split
 
@@ -134,16 +134,8 @@ class FileTask:
 
     def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
         """Verdicts in order. An answer that only repeats an expression of the question is wrong."""
-        found = self._pool.grade([(p.answer, text) for p, text in pairs], self.answer_type)
-        return [self._not_echoed(p, text, g) for (p, text), g in zip(pairs, found, strict=True)]
-
-    def _not_echoed(self, problem: Problem, text: str, graded: Graded) -> Graded:
-        if graded.grade is Grade.CORRECT and self.answer_type == "math" and problem.answer is not None:
-            answer = extract(text, self.answer_type).answer
-            gold = gold_answer(problem.answer, self.answer_type)
-            if answer is not None and is_echo(problem.question, gold, answer):
-                return Graded(Grade.WRONG, graded.answer)
-        return graded
+        questions = [problem.question for problem, _ in pairs]
+        return self._pool.grade([(p.answer, text) for p, text in pairs], self.answer_type, questions)
 
     def solution_key(self, problem: Problem, text: str) -> str:
         """The numbers and formulas of a solution in their order; words, layout and typesetting do not count."""

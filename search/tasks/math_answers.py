@@ -50,7 +50,7 @@ class Number:
 
 # ---------------------------------------------------------------- extraction
 
-_BOXED = re.compile(r"\\f?boxed\b")
+_BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _PHRASE = re.compile(r"\banswer\b[*_]{0,3}\s{0,3}(?:is\b|:|=)[*_]{0,3}[:\s]{0,4}", re.IGNORECASE)
 _DELIMITED = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
