@@ -40,7 +40,7 @@ class ArithmeticTask(Section):
     """Evaluate a chain of operations left to right, one a line. Generated; the base learns from a flawed teacher."""
 
     type: Literal["arithmetic"]
-    min_operations: int = Field(default=1, ge=1)
+    min_operations: int = Field(default=2, ge=1, description="shorter chains are facts, not problems: never held out")
     max_operations: int = Field(default=10, ge=1, le=16)
     max_operand: int = Field(default=20, ge=2, le=96)
     modulus: int = Field(default=97, ge=11, le=97, description="a prime: slips then do not cancel")
@@ -136,6 +136,8 @@ class Bootstrap(Section):
     hidden_size: PositiveInt = 96
     layers: PositiveInt = 3
     heads: PositiveInt = 4
+    key_value_heads: PositiveInt | None = Field(default=None, description="default: as many as heads")
+    feed_forward: PositiveInt = Field(default=3, description="width of the feed-forward layers, in hidden sizes")
     examples: PositiveInt = Field(default=60_000, description="demonstrations generated")
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 128
