@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from configs import load
 from configs.schema import Config
 from flows.artefacts import Manifest, StageDir, StageKey, code_version, sha256_json
-from flows.crash import crash_point
 from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord
 from search.errors import TrainingError, UserError
 
@@ -263,7 +262,6 @@ def _finish(run: RoundRun, verdict: Any, reason: str, bundle: Bundle | None) -> 
         metrics=metrics,
         gate_set=gate_set(run.config, run.folder.round) if looked else None,
     )
-    crash_point("round.verdict")
     return run.loop.finish(run.folder, record, bundle)
 
 
@@ -298,8 +296,8 @@ def _has_problems(sets: Path) -> bool:
 
 def _fitted(run: RoundRun, difficulty: Source) -> Part | None:
     """The difficulty predictor as a part of the bundle; None where it was found unusable."""
-    fitted = json.loads((difficulty.path / "probe.json").read_text(encoding="utf-8"))
-    return run.loop.part(difficulty.path) if fitted["usable"] else None
+    report = json.loads((difficulty.path / "report.json").read_text(encoding="utf-8"))
+    return run.loop.part(difficulty.path) if report["usable"] else None
 
 
 def _champion_before(loop: Loop, round_number: int) -> Bundle:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from configs.schema import Config
 from distill import gate as gates
-from distill import leaks
 from distill import select as selection
-from flows.stages import Context, Inputs, earlier, write_json, write_metrics
+from flows.stages import Context, Inputs, earlier, overlapping, write_json, write_metrics
 from search.engines.reference import policy_path
 from search.errors import TrainingError
 from search.sets import HELD_OUT, held_out_keys, read_problems
 from search.tasks import load_task
+from search.tasks.splits import split_of
 from search.types import Problem, Task
 
 # ---------------------------------------------------------------- select
@@ -23,7 +24,7 @@ from search.types import Problem, Task
 def select(context: Context, inputs: Inputs, out: Path) -> None:
     """Training rows from the results of all rounds; in a control round, rows to compare with."""
     config, task = context.config, load_task(context.config)
-    held_out = _held_out(task, inputs["problems"])
+    held_out = _held_out(config, task, inputs["problems"])
     if context.control == "bootstrap":
         chosen = _more_bootstrap(context, inputs, task)
     elif context.control == "random":
@@ -77,13 +78,12 @@ def _selection_of(folder: Path) -> selection.Selection:
     return selection.Selection(tuple(selection.read_rows(folder / "rows.jsonl")), {}, 0, 0, 0)
 
 
-def _held_out(task: Task, sets: Path) -> Callable[[str], bool]:
+def _held_out(config: Config, task: Task, sets: Path) -> Callable[[str], bool]:
     """Does this problem belong to a held-out split? Generated tasks decide by the key alone."""
     keys = held_out_keys(sets)
     if not task.generated:
         return keys.__contains__
-    split_of_key: Callable[[str], str] = getattr(task, "split_of")  # noqa: B009 - generated tasks have it
-    return lambda key: key in keys or split_of_key(key) != "train"
+    return lambda key: key in keys or split_of(key, config.splits) != "train"
 
 
 def _more_bootstrap(context: Context, inputs: Inputs, task: Task) -> selection.Selection:
@@ -153,7 +153,7 @@ def gate(context: Context, inputs: Inputs, out: Path) -> None:
         inputs["evaluate"],
         look=context.look,
         leaks=found,
-        training_rows=counts["counts"]["kept"],
+        training_rows=counts["kept"],
         min_rows=config.select.min_rows,
     )
     verdict = gates.decide(config.gate, evidence)
@@ -170,6 +170,5 @@ def _question_leaks(context: Context, inputs: Inputs) -> list[str]:
         return []
     keys = {row.key for row in selection.read_rows(inputs["select"] / "rows.jsonl")}
     trained = [p for p in read_problems(inputs["problems"] / "search.jsonl") if p.key in keys]
-    held_out = [p.question for name in HELD_OUT for p in read_problems(inputs["problems"] / f"{name}.jsonl")]
-    found = leaks.near_duplicates([p.question for p in trained], held_out)
-    return [trained[overlap.train].key for overlap in found]
+    held_out = [p for name in HELD_OUT for p in read_problems(inputs["problems"] / f"{name}.jsonl")]
+    return sorted(overlapping(trained, held_out))

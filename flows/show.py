@@ -96,8 +96,8 @@ class Display:
     def stage_finished(self, name: str, wall_s: float, note: str, *, resumed: bool) -> None:
         self._stop()
         time_text = "done earlier" if resumed else seconds(wall_s)
-        line = Text.assemble(("  ✓ ", "green"), f"{name:<11}", f"{note:<64}", (time_text, "dim"))
-        self.console.print(line)
+        line = Text.assemble(("  ✓ ", "green"), f"{name:<11}", f"{note:<48} ", (time_text, "dim"))
+        self.console.print(line, soft_wrap=True)
 
     def stage_failed(self, name: str, message: str) -> None:
         self._stop()

@@ -6,6 +6,7 @@ OpenMP threads collapse when another process wants the cores, so they sleep inst
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -17,13 +18,20 @@ from flows.child import emit, run_child
 from flows.driver import StageCall
 from flows.quiet import QUIET
 
+WHERE = {
+    "select": "flows.learning",
+    "distill": "flows.learning",
+    "gate": "flows.learning",
+    "difficulty": "flows.predicting",
+}  # the other stages lie in flows.stages
+
 
 def in_process(call: StageCall, progress: Callable[..., None]) -> None:
     """Run the stage here: for light stages, tests and the smoke round."""
-    from flows import learning, stages
+    from flows.stages import Context
 
-    context = stages.Context(call.config, call.round, progress, call.control, call.look)
-    module = stages if hasattr(stages, call.function) else learning
+    module = importlib.import_module(WHERE.get(call.function, "flows.stages"))
+    context = Context(call.config, call.round, progress, call.control, call.look)
     getattr(module, call.function)(context, call.inputs, call.out)
 
 

@@ -59,7 +59,7 @@ def problems(context: Context, inputs: Inputs, out: Path) -> None:
     task = load_task(context.config)
     outcomes = read_outcomes(path / "outcomes.json" for path in earlier(inputs, "search"))
     frozen = inputs.get("problems@000")
-    sets = draw_sets(task, context.config, context.round, frozen, outcomes)
+    sets = draw_sets(task, context.config, context.round, frozen, outcomes, overlapping)
     counts = write_sets(task, sets, frozen, out)
     rejected = getattr(task, "rejected", [])
     with (out / "rejected.jsonl").open("w", encoding="utf-8") as file:
@@ -69,6 +69,15 @@ def problems(context: Context, inputs: Inputs, out: Path) -> None:
     metrics["data/recycled_problems"] = float(sum(p.key in outcomes for p in sets["search"]))
     metrics["data/rejected_problems"] = float(len(rejected))
     write_metrics(out, metrics)
+
+
+def overlapping(training: Sequence[Problem], held_out: Sequence[Problem]) -> set[str]:
+    """Keys of training questions that share eight words in a row with a held-out one, or are nearly the same."""
+    from distill.leaks import near_duplicates, ngram_leaks
+
+    texts, others = [p.question for p in training], [p.question for p in held_out]
+    found = [*ngram_leaks(texts, others), *near_duplicates(texts, others)]
+    return {training[overlap.train].key for overlap in found}
 
 
 def base(context: Context, inputs: Inputs, out: Path) -> None:
@@ -103,7 +112,7 @@ def evaluate(context: Context, inputs: Inputs, out: Path) -> None:
 def search(context: Context, inputs: Inputs, out: Path) -> None:
     """Spend test-time compute on the round's training problems; the first samples of each are plain ones."""
     config = context.config
-    task, engine = _open(context, inputs)
+    task, engine = open_policy(context, inputs)
     budget = Budget("samples", config.search.samples)
     plan = Plan(f"best_of_n({config.search.samples})", best_of_n, budget, answers.gold)
     training = read_problems(inputs["problems"] / "search.jsonl")
@@ -111,7 +120,7 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         training,
         plan,
         task,
-        _sampler(context, engine, f"search/{context.round}", "train"),
+        sampler(context, engine, f"search/{context.round}", "train"),
         out,
         shard_problems=config.search.shard_problems,
         progress=context.progress,
@@ -131,12 +140,12 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
 # ---------------------------------------------------------------- shared
 
 
-def _open(context: Context, inputs: Inputs) -> tuple[Task, Engine]:
+def open_policy(context: Context, inputs: Inputs) -> tuple[Task, Engine]:
     task = load_task(context.config)
     return task, load_engine(context.config, policy_path(inputs["policy"]), task)
 
 
-def _sampler(context: Context, engine: Engine, stage: str, split: str) -> Sampler:
+def sampler(context: Context, engine: Engine, stage: str, split: str) -> Sampler:
     sampling = context.config.sampling
     return Sampler(engine, sampling.temperature, sampling.max_new_tokens, (context.config.loop.seed, stage, split))
 
@@ -146,7 +155,7 @@ def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) 
     from search.evaluate import summary
 
     config, k = context.config, context.config.evaluate.k
-    task, engine = _open(context, inputs)
+    task, engine = open_policy(context, inputs)
     pools = {
         "test": (config.evaluate.pool_problems, config.evaluate.pool_samples),
         "gate": (config.gate.coverage_problems, config.gate.coverage_samples),
@@ -163,8 +172,8 @@ def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) 
         plan = Plan("greedy", greedy, Budget("samples", 1), answers.first)
         if name.startswith("pool"):
             plan = Plan(f"pool({samples})", best_of_n, Budget("samples", samples), answers.majority)
-        sampler = _sampler(context, engine, "evaluate", name)
-        spend += run_shards(problems, plan, task, sampler, out / name, shard_problems=1000, progress=progress)
+        draws = sampler(context, engine, "evaluate", name)
+        spend += run_shards(problems, plan, task, draws, out / name, shard_problems=1000, progress=progress)
         done += len(problems) * samples
     engine.close()
     for name, _, _ in work:

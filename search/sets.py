@@ -8,10 +8,10 @@ used up it recycles, unsolved first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from configs.schema import Config
 from search.errors import DataError
@@ -19,6 +19,7 @@ from search.randomness import key64
 from search.types import SPLITS, Problem, Split, Task
 
 HELD_OUT: tuple[Split, ...] = ("fit", "validation", "gate", "test")
+Overlapping = Callable[[Sequence[Problem], Sequence[Problem]], set[str]]  # (training, held out) -> training keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +56,23 @@ def read_outcomes(paths: Iterable[Path]) -> dict[str, Outcome]:
 
 
 def draw_sets(
-    task: Task, config: Config, round_number: int, frozen: Path | None, searched: Mapping[str, Outcome]
+    task: Task,
+    config: Config,
+    round_number: int,
+    frozen: Path | None,
+    searched: Mapping[str, Outcome],
+    overlapping: Overlapping = lambda training, held_out: set(),
 ) -> dict[str, list[Problem]]:
     """The sets of a round: "search" (empty in round 0), "fit", "validation", "gate", "test".
 
-    `frozen` is round 0's folder of sets, None in round 0 itself. Raises DataError where a set comes out too small.
+    `frozen` is round 0's folder of sets, None in round 0 itself. `overlapping` says which training problems of a file
+    are too like a held-out one; they are never searched, and come as the set "overlapping". Raises DataError where a
+    set comes out empty.
     """
     if task.generated:
         sets = _draw_generated(task, config, round_number, searched)
     else:
-        sets = _take_from_file(task, config, round_number, frozen, searched)
+        sets = _take_from_file(task, config, round_number, frozen, searched, overlapping)
     if not sets["test"] or not sets["gate"] or not sets["fit"] or not sets["validation"]:
         sizes = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
         raise DataError(f"a held-out set is empty ({sizes}): give more problems, or larger shares in [splits]")
@@ -89,18 +97,26 @@ def _draw_generated(
 
 
 def _take_from_file(
-    task: Task, config: Config, round_number: int, frozen: Path | None, searched: Mapping[str, Outcome]
+    task: Task,
+    config: Config,
+    round_number: int,
+    frozen: Path | None,
+    searched: Mapping[str, Outcome],
+    overlapping: Overlapping,
 ) -> dict[str, list[Problem]]:
     limits = {"fit": config.difficulty.problems, "gate": config.gate.problems, "test": config.evaluate.test_problems}
     if frozen is None:
         held_out = {split: task.problems(split) for split in HELD_OUT}
         sets = {split: _shuffled(config, split, held_out[split])[: limits.get(split)] for split in HELD_OUT}
         return sets | {"search": []}
-    held_out_keys = set(json.loads((frozen / "held_out.json").read_text(encoding="utf-8")))
-    everything = [problem for split in SPLITS for problem in task.problems(cast(Split, split))]
-    training = [problem for problem in everything if problem.key not in held_out_keys]
+    held_out = set(json.loads((frozen / "held_out.json").read_text(encoding="utf-8")))
+    everything = [problem for split in SPLITS for problem in task.problems(split)]
+    training = [problem for problem in everything if problem.key not in held_out]
     sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
-    return sets | {"search": take_slice(_shuffled(config, "train", training), config.search.problems, searched)}
+    alike = overlapping(training, [problem for split in HELD_OUT for problem in sets[split]])
+    clean = [problem for problem in training if problem.key not in alike]
+    chosen = take_slice(_shuffled(config, "train", clean), config.search.problems, searched)
+    return sets | {"search": chosen, "overlapping": [problem for problem in training if problem.key in alike]}
 
 
 def _shuffled(config: Config, name: str, problems: Sequence[Problem]) -> list[Problem]:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-SPLITS = ("train", "fit", "validation", "gate", "test")
 Split = Literal["train", "fit", "validation", "gate", "test"]
+SPLITS: tuple[Split, ...] = ("train", "fit", "validation", "gate", "test")
 
 
 class Finish(enum.StrEnum):

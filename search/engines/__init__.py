@@ -11,14 +11,13 @@ from search.types import Engine, Task
 
 def load_engine(config: Config, model: str | Path, task: Task) -> Engine:
     """The configured engine with a policy loaded. Heavy imports happen here. Raises ModelError, ConfigError."""
-    match config.engine.type:
-        case "scripted":
-            from search.engines.scripted import ScriptedEngine
+    engine = config.engine
+    if engine.type == "scripted":
+        from search.engines.scripted import ScriptedEngine
 
-            return ScriptedEngine.of_task(task, Path(model), config.engine)
-        case "transformers":
-            from search.engines.transformers import TransformersEngine
+        return ScriptedEngine.of_task(task, Path(model), engine)
+    if engine.type == "transformers":
+        from search.engines.transformers import TransformersEngine
 
-            return TransformersEngine(str(model), config.engine, config.model, config.stages.threads)
-        case "vllm":
-            raise ConfigError("engine.type = 'vllm' is not in this version; use engine.type = 'transformers'")
+        return TransformersEngine(str(model), engine, config.model, config.stages.threads)
+    raise ConfigError("engine.type = 'vllm' is not in this version; use engine.type = 'transformers'")

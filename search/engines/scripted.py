@@ -9,12 +9,15 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.schema import ScriptedEngine as ScriptedConfig
 from search.errors import ModelError
 from search.randomness import key64
 from search.types import Capabilities, Continuation, Finish, ModelFacts, Request, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EOS, SEPARATOR = 256, 257
 Reply = Callable[[str, float, int], str]  # (prompt, temperature, key) -> the whole answer
@@ -58,6 +61,14 @@ class ScriptedEngine:
 
     def extend(self, requests: Sequence[Request]) -> list[Continuation]:
         return [self._extend(request) for request in requests]
+
+    def hidden_states(self, prefixes: Sequence[Sequence[int]]) -> np.ndarray:
+        """Float32 [P, 1, 2, 2]: the script's own chance of each prompt, which it hides nowhere else, and the length."""
+        import numpy as np
+
+        chances_P = [key64(self.tokenizer.decode(prefix)) / 2**64 for prefix in prefixes]
+        rows = [[[[chance, len(p)], [chance, len(p)]]] for chance, p in zip(chances_P, prefixes, strict=True)]
+        return np.array(rows, dtype=np.float32)
 
     def close(self) -> None:
         """Nothing to free."""

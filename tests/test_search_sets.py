@@ -1,0 +1,105 @@
+"""A round's problems: held-out sets never move, slices recycle unsolved first, fresh gate sets are disjoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import load
+from search.errors import DataError
+from search.sets import Outcome, draw_sets, held_out_keys, read_outcomes, read_problems, take_slice, write_sets
+from search.tasks import load_task
+from search.tasks.splits import split_of
+from search.types import Problem
+
+SMOKE = load.load("smoke")
+
+
+def file_config(tmp_path: Path, num: int, *overrides: str):
+    """A jsonl task of `num` questions; called again with a larger `num` it has grown."""
+    rows = [{"question": f"Question {i}: what is {i} plus {i}?", "answer": str(2 * i)} for i in range(num)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {
+        "loop": {"name": "mine"},
+        "task": {"type": "jsonl", "path": str(path), "answer_type": "number", "prompt": "plain"},
+        "model": {"base": "somewhere"},
+        "search": {"problems": 30},
+    }
+    config = load.parse(data)
+    assert not overrides
+    return config
+
+
+def sets_of(config, number, frozen, searched=None, out=None):
+    task = load_task(config)
+    sets = draw_sets(task, config, number, frozen, searched or {})
+    if out is not None:
+        out.mkdir(parents=True)
+        write_sets(task, sets, frozen, out)
+    return {name: [p.key for p in problems] for name, problems in sets.items()}
+
+
+def test_generated_sets_are_disjoint_and_gates_fresh():
+    first, second = sets_of(SMOKE, 1, None), sets_of(SMOKE, 2, None)
+    for sets in (first, second):
+        keys = [key for keys in sets.values() for key in keys]
+        assert len(keys) == len(set(keys))
+    assert first["test"] == second["test"]
+    assert set(first["gate"]) != set(second["gate"])
+    assert all(split_of(key, SMOKE.splits) == "train" for key in first["search"])
+
+
+def test_generated_search_problems_are_new_ones():
+    first = sets_of(SMOKE, 1, None)["search"]
+    searched = {key: Outcome(1, 8) for key in first}
+    assert not set(first) & set(sets_of(SMOKE, 2, None, searched)["search"])
+
+
+def test_sets_survive_the_disk(tmp_path):
+    task = load_task(SMOKE)
+    sets = draw_sets(task, SMOKE, 1, None, {})
+    write_sets(task, sets, None, tmp_path)
+    assert {name: read_problems(tmp_path / f"{name}.jsonl") for name in sets} == dict(sets)
+    assert {p.key for p in sets["gate"]} <= held_out_keys(tmp_path)
+
+
+def test_appended_rows_join_training_and_move_nothing(tmp_path):
+    small = file_config(tmp_path, 200)
+    frozen = tmp_path / "round-000"
+    before = sets_of(small, 0, None, out=frozen)
+    assert before["search"] == []
+    grown = file_config(tmp_path, 400)
+    after = sets_of(grown, 1, frozen)
+    for name in ("fit", "validation", "gate", "test"):
+        assert after[name] == before[name]
+    whole = sets_of(grown.model_copy(update={"search": grown.search.model_copy(update={"problems": 1000})}), 1, frozen)
+    held_out = held_out_keys(frozen)
+    assert not held_out & set(whole["search"])
+    assert len(whole["search"]) == 400 - len(json.loads((frozen / "held_out.json").read_text()))
+
+
+def problems(num):
+    return [Problem(f"p{i}", f"p{i}") for i in range(num)]
+
+
+def test_new_problems_come_first_then_unsolved_ones():
+    searched = {"p0": Outcome(4, 4), "p1": Outcome(0, 4), "p2": Outcome(1, 4)}
+    assert [p.key for p in take_slice(problems(5), 4, searched)] == ["p3", "p4", "p1", "p2"]
+
+
+def test_nothing_is_left_when_all_are_solved():
+    searched = {f"p{i}": Outcome(1, 4) for i in range(5)}
+    assert take_slice(problems(5), 4, searched) == []
+    assert take_slice(problems(6), 4, searched)[0].key == "p5"
+
+
+def test_outcomes_add_up_over_rounds(tmp_path):
+    for name, rows in (("a", {"p": [0, 4]}), ("b", {"p": [1, 4], "q": [2, 4]})):
+        (tmp_path / name).write_text(json.dumps(rows))
+    assert read_outcomes([tmp_path / "a", tmp_path / "b"]) == {"p": Outcome(1, 8), "q": Outcome(2, 4)}
+
+
+def test_an_empty_held_out_set_is_an_error_with_the_sizes(tmp_path):
+    with pytest.raises(DataError, match=r"held-out set is empty.*\[splits\]"):
+        sets_of(file_config(tmp_path, 4), 0, None)
