@@ -40,9 +40,12 @@ class Report:
     num_versions: int = 0
     problems: list[str] = field(default_factory=list[str])  # artefacts or models that could not be written
 
-    @property
-    def changed(self) -> bool:
-        return any((self.num_runs_created, self.num_runs_updated, self.num_runs_replaced, self.num_versions))
+    def __str__(self) -> str:
+        runs = f"{self.num_runs_created} runs created, {self.num_runs_updated} completed"
+        rest = (
+            f"{self.num_runs_replaced} replaced; {self.num_points} points, {self.num_versions} model versions written"
+        )
+        return f"{runs}, {rest}"
 
 
 def mirror(client: MlflowClient, record: LoopRecord, artefact_root: str | None, *, verify: bool = False) -> Report:

@@ -28,7 +28,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -417,7 +417,10 @@ class _Mirror:
         problem: str | None
         try:
             self._store = self._store or _Store(self._loop_dir, self._uri)
-            problem = next(iter(self._store.mirror(self._live).problems), None)
+            live = self._live
+            if live.round is None:  # another process may hold the loop; ours came too late for it
+                live = replace(running_now(self._loop_dir), failed=live.failed)
+            problem = next(iter(self._store.mirror(live).problems), None)
         except Exception as error:  # noqa: BLE001  whatever the store's transport raises must not end the mirror
             problem = f"{_where(self._uri)}: {_first_line(error)}"
         if problem is None:
