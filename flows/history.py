@@ -11,7 +11,6 @@ the share of what search gained over one sample that distilling kept. Near 1 the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +54,14 @@ class Figure:
     def half_width(self) -> float:
         """Half of the 95 % interval, 0 where no error is known."""
         return Z95 * self.se if self.se else 0.0
+
+    @property
+    def low(self) -> float:
+        return self.value - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.value + self.half_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +163,26 @@ class History:
 # ---------------------------------------------------------------- loading
 
 
-def load_history(loop_dir: Path) -> History:
-    """Everything the loop has written so far. Raises DataError where there is no loop, or none of its rounds."""
+def load_history(loop_dir: Path, *, gains: Mapping[tuple[int, str], Path] | None = None) -> History:
+    """Everything the loop has written so far. Raises DataError where there is no loop, or none of its rounds.
+
+    `gains`: folders whose metrics.jsonl holds the gains of (round, kind), for reports that are not committed yet.
+    """
     if not loop_dir.is_dir():
         raise DataError(f"no loop in {loop_dir}: start one with `ratchet round CONFIG`, or give --runs-dir")
     loop = Loop.open(loop_dir.parent, loop_dir.name)
     champions = _Champions(loop)
     records = {record.folder: record for record in loop.state.rounds}
     rounds = [
-        _load_round(loop, folder, number, kind, records.get(folder.name), champions)
+        _load_round(
+            loop,
+            folder,
+            number,
+            kind,
+            records.get(folder.name),
+            champions,
+            (gains or {}).get((number, kind), folder / "report"),
+        )
         for folder, number, kind in _folders(loop, records)
     ]
     if not rounds:
@@ -244,7 +262,7 @@ def _own(move: Any, record: RoundRecord) -> bool:
 
 
 def _load_round(
-    loop: Loop, folder: Path, number: int, kind: str, record: RoundRecord | None, champions: _Champions
+    loop: Loop, folder: Path, number: int, kind: str, record: RoundRecord | None, champions: _Champions, report: Path
 ) -> Round:
     before, after = champions.of(folder, number)
     challenger = _challenger(loop.path, folder)
@@ -255,9 +273,9 @@ def _load_round(
     metrics = _all_metrics(folder)
     before_metrics = _test_metrics(before.folder) if before and number else {}
     samples = read_json(folder / "config.json").get("search", {}).get("samples")
-    gains, efficiency = _stored_gains(folder)
+    gains, efficiency = _stored_gains(report)
     if number and before and not gains:
-        gains = _greedy_gain(before.folder, folder)
+        gains = greedy_gain(before.folder, folder)
         ratio = distill_efficiency(before_metrics, metrics, samples)
         efficiency = None if ratio is None else Figure(ratio)
     return Round(
@@ -334,7 +352,7 @@ def paired(before: Mapping[str, float], after: Mapping[str, float]) -> PairedDif
     return stats.paired_difference([before[key] for key in keys], [after[key] for key in keys])
 
 
-def _greedy_gain(before: Path, after: Path) -> dict[str, PairedDifference]:
+def greedy_gain(before: Path, after: Path) -> dict[str, PairedDifference]:
     a, b = greedy_outcomes(before), greedy_outcomes(after)
     gain = paired(a, b) if a and b else None
     return {"accuracy_greedy": gain} if gain else {}
@@ -352,64 +370,9 @@ def shard_files(folder: Path, name: str) -> list[Path]:
     return [merged] if merged.exists() else sorted((folder / "evaluate" / name).glob("shard-*.jsonl"))
 
 
-def round_metrics(loop_dir: Path, number: int, kind: str = "round") -> dict[str, float | tuple[float, float]]:
-    """Rows of report/metrics.jsonl; a tuple is (value, standard error). Reads the pools: seconds, not milliseconds.
-
-    gain/{figure}, _low, _high, _n (challenger minus champion before, paired, 95 %), distill/efficiency (_low, _high
-    by bootstrap over problems), spend/... of the round. Nothing here depends on time: wall seconds stay out.
-    """
-    round_ = load_history(loop_dir).find(number, kind)
-    rows: dict[str, float | tuple[float, float]] = {}
-    total = round_.total.spend
-    names = {"flops_ideal": "flops"}
-    rows |= {f"spend/{names.get(name, name)}": float(value) for name, value in total.to_json().items()}
-    if round_.before is None:
-        return rows
-    gains = _greedy_gain(round_.before.folder, round_.folder)
-    ks = [k for k in measured_sizes(round_.metrics, "pass") if f"test/pass_at_{k}" in round_.before_metrics]
-    old, new = shard_files(round_.before.folder, "pool-test"), shard_files(round_.folder, "pool-test")
-    if ks and old and new:
-        a, b = evaluate.read_pool(old, ks), evaluate.read_pool(new, ks)
-        for name, rule in (("pass", "pass"), ("maj", "majority")):
-            sizes = [k for k in ks if k > 1 or name == "pass"]  # a vote of one is pass@1
-            found = {f"{name}_at_{k}": paired(a.by_key(rule, k), b.by_key(rule, k)) for k in sizes}
-            gains |= {figure: gain for figure, gain in found.items() if gain}
-        rows |= _efficiency_rows(a.by_key("pass", 1), b.by_key("pass", 1), a, round_) if 1 in ks else {}
-    for figure, gain in gains.items():
-        rows[f"gain/{figure}"] = (gain.mean, gain.se)
-        rows |= {f"gain/{figure}_low": gain.low, f"gain/{figure}_high": gain.high, f"gain/{figure}_n": float(gain.n)}
-    return rows
-
-
-def _efficiency_rows(
-    one: Mapping[str, float], then: Mapping[str, float], pool: evaluate.PoolFigures, round_: Round
-) -> dict[str, float | tuple[float, float]]:
-    import numpy as np
-
-    size = max((k for k in pool.ks if round_.samples is None or k <= round_.samples), default=1)
-    searched = pool.by_key("pass", size)
-    keys = [key for key in one if key in then]
-    a, b, s = (np.array([values[key] for key in keys]) for values in (one, then, searched))
-    if not keys or s.mean() <= a.mean():
-        return {}
-
-    def ratio(indices: Any) -> float:
-        room = float(s[indices].mean() - a[indices].mean())
-        return float(b[indices].mean() - a[indices].mean()) / room if room > 0 else math.nan
-
-    low, high = stats.bootstrap(len(keys), ratio, seed=f"efficiency/{round_.folder.name}", confidence=0.95)
-    rows: dict[str, float | tuple[float, float]] = {
-        "distill/efficiency": ratio(np.arange(len(keys))),
-        "distill/efficiency_low": low,
-        "distill/efficiency_high": high,
-        "distill/efficiency_n": float(size),
-    }
-    return {name: value for name, value in rows.items() if not (isinstance(value, float) and math.isnan(value))}
-
-
-def _stored_gains(folder: Path) -> tuple[dict[str, PairedDifference], Figure | None]:
+def _stored_gains(report: Path) -> tuple[dict[str, PairedDifference], Figure | None]:
     """What the round's report wrote."""
-    rows = read_metrics(folder / "report")
+    rows = read_metrics(report)
     gains: dict[str, PairedDifference] = {}
     for name, figure in rows.items():
         bounds = [rows.get(f"{name}_{part}") for part in ("low", "high", "n")]

@@ -93,7 +93,7 @@ def over_rounds(history: History) -> Figure:
     middle = [k for k in measured_sizes(history.base.metrics, "pass") if 1 < k < largest]
     accuracy = {"greedy": ("test/accuracy_greedy", BLUE), "pass@1": ("test/pass_at_1", ORANGE)}
     if largest > 1:
-        accuracy[f"majority of {largest}"] = (f"test/maj_at_{largest}", GREEN)
+        accuracy[f"maj@{largest}"] = (f"test/maj_at_{largest}", GREEN)
     coverage = {f"pass@{k}": (f"test/pass_at_{k}", PURPLE if k == largest else SAND) for k in (*middle[-2:-1], largest)}
     figure, (left, right) = canvas(3.5, 2, width_ratios=(1, 1))
     _rounds_panel(left, history, accuracy, "Accuracy on the test problems")
@@ -163,8 +163,8 @@ def against_samples(history: History) -> Figure:
     """What more samples buy: coverage and majority vote of the base and of the champions since."""
     figure, (left, right) = canvas(3.3, 2)
     for axes, figure_name, title in (
-        (left, "pass", "Any of k samples is right"),
-        (right, "maj", "Majority of k samples"),
+        (left, "pass", "Any of k samples is right (pass@k)"),
+        (right, "maj", "Majority of k samples is right (maj@k)"),
     ):
         labels: list[tuple[float, str, str]] = []
         shown = _champions(history)
