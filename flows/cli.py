@@ -175,7 +175,7 @@ def compare(
     from flows import compare as module
 
     parsed, _, _ = _config(config, overrides, runs_dir)
-    module.run(runs_dir / parsed.loop.name, as_json=as_json, html=html)
+    module.run(runs_dir, parsed.loop.name, as_json=as_json, html=html)
 
 
 @app.command()

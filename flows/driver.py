@@ -110,7 +110,8 @@ class RoundRun:
             self._observer.stage_failed(self.folder, name, str(error))
             raise
         took_s = time.monotonic() - started_s
-        (out / "timing.json").write_text(json.dumps({"wall_s": round(took_s, 3)}) + "\n", encoding="utf-8")
+        timing = read_timing(out) | {"wall_s": round(took_s, 3)}
+        (out / "timing.json").write_text(json.dumps(timing) + "\n", encoding="utf-8")
         manifest = stage.commit(key)
         self._observer.stage_finished(self.folder, name, took_s, resumed=False)
         return manifest
@@ -149,11 +150,16 @@ class RoundRun:
         return Source(folder / stage, manifest.id)
 
 
-def wall_s(stage: Path) -> float:
+def read_timing(stage: Path) -> dict[str, float]:
+    """What a stage's timing.json holds; empty where there is none."""
     try:
-        return float(json.loads((stage / "timing.json").read_text(encoding="utf-8"))["wall_s"])
-    except (OSError, ValueError, KeyError):
-        return 0.0
+        return dict(json.loads((stage / "timing.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def wall_s(stage: Path) -> float:
+    return float(read_timing(stage).get("wall_s", 0.0))
 
 
 def read_metrics(stage: Path) -> dict[str, float]:

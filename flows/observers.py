@@ -112,7 +112,8 @@ def _note(name: str, m: dict[str, float]) -> str:
             case "distill":
                 return f"loss {m['distill/loss_first']:.3f} -> {m['distill/loss_last']:.3f}"
             case "base":
-                return f"loss {m['base/loss_last']:.3f}, {count(m['base/tokens'])} tokens"
+                tokens, parameters = m["bootstrap/trained_tokens"], m["bootstrap/parameters"]
+                return f"{count(parameters)} parameters, {count(tokens)} tokens, loss {m['bootstrap/loss']:.3f}"
             case "gate":
                 return f"{100 * m['gate/effect']:+.1f} points, p = {m['gate/p']:.2g}"
             case "difficulty":

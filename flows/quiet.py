@@ -1,4 +1,4 @@
-"""Telemetry of everything we use is off, for us and for every child process. Call before importing any of it."""
+"""Telemetry of everything we use is off, and its chatter too, for us and for every child process."""
 
 import os
 
@@ -9,8 +9,11 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # the terminal shows the round itself
 }
 
 
 def silence() -> None:
-    os.environ.update(QUIET)
+    """Call before importing any of it. What the user has set stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)

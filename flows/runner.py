@@ -129,7 +129,7 @@ def report(loop: Loop, record: RoundRecord) -> None:
     if stage.committed(inputs=ids) is None:
         key = StageKey("report", code_version(), "", ids)
         out = stage.begin(key)
-        write_round_report(loop.path, record.round, out) if record.kind == "round" else (out / "control").touch()
+        write_round_report(loop.path, record.round, out, record.kind)
         stage.commit(key)
 
 

@@ -156,10 +156,7 @@ class Session:
             row = {"round": record.round, "kind": record.kind, "verdict": record.verdict, "reason": record.reason}
             sys.stdout.write(json.dumps(row | {"metrics": dict(record.metrics)}, indent=1) + "\n")
             return
-        from flows.compare import round_summary
-
-        console = Console(highlight=False)
-        round_summary(outcome.loop, record, console)
+        _summary(outcome.loop, record)
         if links:
             self._links()
 
@@ -176,6 +173,23 @@ class Session:
             rows.append(("Prefect", PrefectServer(self.mode, self.runs_dir).page_command()))
         for what, line in rows:
             console.print(Text.assemble((f"{what:<9}", "bold"), line))
+
+
+def _summary(loop_dir: Path, record: RoundRecord) -> None:
+    """The closing table: before, after, gain with its interval, verdict and spend."""
+    from flows import report_text as text
+    from flows.history import load_history
+
+    console = Console(highlight=False)
+    history = load_history(loop_dir)
+    finished = history.find(record.round, record.kind)
+    colour = {"promoted": "green", "rejected": "red"}.get(record.verdict, "")
+    console.print(Text(text.headline(finished), style=f"bold {colour}".strip()))
+    figures = text.figures_table(history, finished)
+    if figures.rows:
+        console.print(show.plain_table(figures.heads, [row.cells for row in figures.rows]))
+    for line in (*text.explanation(finished), *text.cost_lines(finished)):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _program(name: str) -> str:

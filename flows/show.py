@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -112,30 +111,11 @@ class Display:
         self._progress = self._task = None
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def round_table(rows: Sequence[tuple[str, float | None, float | None, tuple[float, float, float] | None]]) -> Table:
-    """Before, after, gain with its 95 % interval, one figure a row. Values are shares; gain = (mean, low, high)."""
+def plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Names on the left, figures on the right, no lines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for column in ("before", "after", "gain, points (95 %)"):
-        table.add_column(column, justify="right")
-    for name, before, after, gain in rows:
-        shown = "-" if gain is None else f"{100 * gain[0]:+.1f} ({100 * gain[1]:+.1f} to {100 * gain[2]:+.1f})"
-        table.add_row(name, percent(before), percent(after), shown)
+    for index, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
-
-
-def tail(path: Path, num_lines: int = 12) -> str:
-    """The last lines of a log, for an error message."""
-    try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
-    except OSError:
-        return ""
-
-
-def json_ready(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Finite numbers only: JSON has no NaN."""
-    return {k: None if isinstance(v, float) and v != v else v for k, v in value.items()}
