@@ -48,7 +48,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     gold: str | None  # None: only the canonical form is wanted
     answer: str
 
@@ -85,7 +85,7 @@ class GraderPool:
             return graded
         return [_not_echoed(q, *p, g) for q, p, g in zip(questions, pairs, graded, strict=True)]
 
-    def compare(self, jobs: Sequence[_Job]) -> list[Comparison]:
+    def compare(self, jobs: Sequence[Job]) -> list[Comparison]:
         """The symbolic comparisons, in the workers; in order."""
         if not jobs:
             return []
@@ -109,7 +109,7 @@ class GraderPool:
         self.close()
 
 
-def _draft(gold: str | None, response: str, answer_type: AnswerType) -> tuple[Graded, _Job | None]:
+def _draft(gold: str | None, response: str, answer_type: AnswerType) -> tuple[Graded, Job | None]:
     """The verdict without any mathematics, and what is left for a worker to find out."""
     if gold is not None:
         gold = gold_answer(gold, answer_type)
@@ -122,12 +122,12 @@ def _draft(gold: str | None, response: str, answer_type: AnswerType) -> tuple[Gr
     judged = judge(gold, answer, answer_type)
     draft = Graded(judged.grade or Grade.UNGRADED, judged.canonical)
     if judged.grade is None:
-        return draft, _Job(gold, answer)
+        return draft, Job(gold, answer)
     wanted = answer_type == "math" and judged.canonical is None
-    return draft, _Job(None, answer) if wanted else None
+    return draft, Job(None, answer) if wanted else None
 
 
-def _merge(draft: Graded, job: _Job, found: Comparison) -> Graded:
+def _merge(draft: Graded, job: Job, found: Comparison) -> Graded:
     grade = draft.grade
     if job.gold is not None and found.equal is not None:
         grade = Grade.CORRECT if found.equal else Grade.WRONG
@@ -181,7 +181,7 @@ class _Worker:
     def usable(self) -> bool:
         return self.process.poll() is None and self.thread == threading.get_ident()
 
-    def send(self, index: int, job: _Job, seconds: float) -> bool:
+    def send(self, index: int, job: Job, seconds: float) -> bool:
         """False where the worker is gone; the job was not begun."""
         assert self.process.stdin is not None
         try:
@@ -216,7 +216,7 @@ class _Worker:
 class _Supervisor:
     """Runs one batch of jobs over the workers, replacing those that die or hang."""
 
-    def __init__(self, pool: GraderPool, workers: list[_Worker], jobs: Sequence[_Job]) -> None:
+    def __init__(self, pool: GraderPool, workers: list[_Worker], jobs: Sequence[Job]) -> None:
         self.pool, self.workers, self.jobs = pool, workers, jobs
         self.waiting = collections.deque(range(len(jobs)))
         self.found: dict[int, Comparison] = {}
