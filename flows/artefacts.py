@@ -458,6 +458,15 @@ def _check_hashes(folder: Path, manifest: Manifest) -> None:
             raise CorruptArtefact(f"{folder / name} does not match its sha256 in {MANIFEST}")
 
 
+def drop_abandoned(path: Path) -> None:
+    """Delete a temporary file or folder (`.name.tmp-PID...`) whose process is gone; another may be in use."""
+    import psutil
+
+    pid = path.name.rpartition(".tmp-")[2].partition("-")[0]
+    if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def _drop_temporary(folder: Path) -> None:
     for path in [*folder.rglob(TEMPORARY)]:
         if path.is_file() or path.is_symlink():

@@ -71,15 +71,19 @@ def _write_bundle(root: Path, bundle: Bundle) -> None:
     final = root / "bundles" / bundle.id
     temp = root / f".bundle.tmp-{os.getpid()}"
     shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir()
-    for name, part in bundle.parts().items():
-        (temp / (name + Path(part.path).suffix)).symlink_to(os.path.join("..", "..", part.path))
-    atomic_write(temp / "bundle.json", json.dumps(dataclasses.asdict(bundle), indent=1, sort_keys=True) + "\n")
-    atomic_write(temp / "README.md", _readme(root, bundle))
-    final.parent.mkdir(exist_ok=True)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temp, final)
+    try:
+        temp.mkdir()
+        for name, part in bundle.parts().items():
+            (temp / (name + Path(part.path).suffix)).symlink_to(os.path.join("..", "..", part.path))
+        atomic_write(temp / "bundle.json", json.dumps(dataclasses.asdict(bundle), indent=1, sort_keys=True) + "\n")
+        atomic_write(temp / "README.md", _readme(root, bundle))
+        final.parent.mkdir(exist_ok=True)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temp, final)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
     sync_folder(final.parent)
 
 

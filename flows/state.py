@@ -14,14 +14,13 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.artefacts import atomic_write, disk_errors, sha256_json, sync_folder, tree_sha
+from flows.artefacts import TEMPORARY, atomic_write, disk_errors, drop_abandoned, sha256_json, sync_folder, tree_sha
 from flows.champion import Bundle, Part, link_champion
 from flows.crash import crash_point
 from flows.locks import lock
@@ -373,8 +372,9 @@ class Loop:
 
     def reconcile(self) -> None:
         """Finish what a crash between two writes left: the copy of loop.json, the link, temporary files."""
-        for path in self.path.glob(".*.tmp-*"):
-            path.unlink() if not path.is_dir() else shutil.rmtree(path)
+        for folder in ("", "round-*/", "round-*/corrupt/", "round-*/stale/"):
+            for path in self.path.glob(folder + TEMPORARY):
+                drop_abandoned(path)
         text = _state_text(self.state)
         copy = self.path / "loop.json.bak"
         if not copy.exists() or copy.read_bytes() != text.encode():

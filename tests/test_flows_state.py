@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -337,12 +338,17 @@ def test_the_lock_holder_puts_right_what_a_crash_left(runs):
     (loop.path / "champion").unlink()
     (loop.path / "champion").symlink_to(old)
     (loop.path / "loop.json.bak").unlink()
-    (loop.path / ".loop.json.tmp-1-1").write_text("half")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for folder in (loop.path, loop.path / "round-001"):
+        (folder / f".x.json.tmp-{gone.pid}-1").write_text("half")
+    (loop.path / f".bundle.tmp-{gone.pid}").mkdir()
+    (loop.path / f".used.tmp-{os.getpid()}-1").write_text("another process is writing this")
     with Loop.locked(runs, "toy", "status"):
         pass
     assert os.readlink(loop.path / "champion") == current
     assert (loop.path / "loop.json.bak").read_bytes() == (loop.path / "loop.json").read_bytes()
-    assert not list(loop.path.glob(".loop.json.tmp*"))
+    assert [p.name for p in loop.path.rglob(".*.tmp-*")] == [f".used.tmp-{os.getpid()}-1"]
 
 
 def test_the_lock_is_free_after_use(runs):
