@@ -1,0 +1,210 @@
+"""Whole rounds with the scripted engine: promoted, rejected, resumed, controlled; the same bytes whatever happened."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import load
+from flows.driver import NothingToDo, read_metrics
+from flows.observers import Several, Silent
+from flows.runner import Options, improve
+from flows.state import Loop
+from search.errors import LockedError, UserError
+
+TINY = [
+    "search.problems=20",
+    "search.shard_problems=5",
+    "gate.problems=200",
+    "gate.coverage_problems=20",
+    "evaluate.test_problems=60",
+    "evaluate.pool_problems=20",
+    "evaluate.pool_samples=4",
+    "evaluate.k=[1,4]",
+    "difficulty.problems=30",
+    "difficulty.samples=4",
+    "select.min_rows=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_reports(monkeypatch):
+    """Plots and pages have their own tests."""
+    monkeypatch.setattr("flows.runner.report", lambda loop, record: None)
+
+
+def config(*overrides: str):
+    return load.load("smoke", [*TINY, *overrides])
+
+
+def a_round(runs: Path, *overrides: str, observer=None, **options):
+    return improve(config(*overrides), Options(runs, **options), observer or Silent())
+
+
+def content(loop: Path) -> dict[str, dict[str, str]]:
+    """What every stage of every round holds, by its manifest: times and logs are not in it."""
+    return {
+        str(path.parent.relative_to(loop)): json.loads(path.read_text())["outputs"]
+        for path in sorted(loop.glob("round-*/*/manifest.json"))
+    }
+
+
+class Bomb(Silent):
+    """Raises when a stage ends, as a crash would: what was committed stays, the rest is not."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def stage_finished(self, folder, name, wall_s, resumed):
+        if name == self.stage and not resumed:
+            raise KeyboardInterrupt
+
+
+def test_a_round_makes_the_base_and_a_better_champion(tmp_path):
+    outcome = a_round(tmp_path)
+    assert [(r.round, r.verdict) for r in outcome.records] == [(0, "base"), (1, "promoted")]
+    state = Loop.open(tmp_path, "smoke").state
+    assert state.champion is not None
+    assert state.champion.round == 1
+    assert json.loads((tmp_path / "smoke" / "champion" / "policy" / "scripted.json").read_text())["skill"] == 1
+    assert outcome.records[1].metrics["gate/effect"] > 0
+
+
+def test_a_second_round_searches_other_problems_and_pools_the_rows(tmp_path):
+    a_round(tmp_path)
+    a_round(tmp_path)
+    loop = tmp_path / "smoke"
+    first, second = (
+        {json.loads(line)["key"] for line in (loop / f"round-00{n}" / "problems" / "search.jsonl").open()}
+        for n in (1, 2)
+    )
+    assert not first & second
+    rows = [json.loads(line) for line in (loop / "round-002" / "select" / "rows.jsonl").open()]
+    assert {row["round"] for row in rows} == {1, 2}
+    assert read_metrics(loop / "round-002" / "select")["data/new_rows"] < len(rows)
+
+
+def test_a_model_that_is_no_better_is_rejected_and_the_champion_stays(tmp_path):
+    outcome = a_round(tmp_path, "engine.skill_per_round=0")
+    assert outcome.records[-1].verdict == "rejected"
+    assert Loop.open(tmp_path, "smoke").state.champion.round == 0
+
+
+def test_too_few_rows_reject_the_round_and_keep_what_was_searched(tmp_path):
+    outcome = a_round(tmp_path, "select.min_rows=10000")
+    assert outcome.records[-1].verdict == "rejected"
+    assert "min_rows = 10000" in outcome.records[-1].reason
+    assert (tmp_path / "smoke" / "round-001" / "search" / "outcomes.json").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an unbroken call leaves."""
+    runs = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.runner.report", lambda loop, record: None)
+        a_round(runs)
+    return content(runs / "smoke")
+
+
+@pytest.mark.parametrize("stage", ["problems", "base", "search", "select", "distill", "evaluate", "gate", "difficulty"])
+def test_a_round_broken_off_anywhere_ends_byte_equal(tmp_path, whole, stage):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb(stage))
+    a_round(tmp_path)
+    assert content(tmp_path / "smoke") == whole
+    assert len(whole) == 4 + 8
+
+
+def test_search_goes_on_at_the_shard_where_it_stopped(tmp_path):
+    seen = []
+
+    class StopAtHalf(Silent):
+        def progress(self, name, done, total, **info):
+            if name == "search":
+                seen.append(done)
+                if done == 10:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=StopAtHalf())
+    work = tmp_path / "smoke" / "round-001" / "search.work"
+    before = {path.name: path.stat().st_mtime_ns for path in work.glob("shard-*.jsonl")}
+    assert sorted(before) == ["shard-00000.jsonl", "shard-00001.jsonl"]
+    a_round(tmp_path)
+    search = tmp_path / "smoke" / "round-001" / "search"
+    assert {name: (search / name).stat().st_mtime_ns for name in before} == before
+    assert len(list(search.glob("shard-*.jsonl"))) == 4
+
+
+def test_an_unfinished_round_keeps_its_configuration(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("search"))
+    with pytest.raises(UserError, match=r"search.samples \(8 in the round, 12 now\).*--abandon") as caught:
+        a_round(tmp_path, "search.samples=12")
+    assert caught.value.exit_code == 2
+    assert a_round(tmp_path, abandon=True).records[-1].verdict == "abandoned"
+    outcome = a_round(tmp_path, "search.samples=12")
+    assert outcome.records[-1].round == 2
+    assert outcome.records[-1].config_changes == {"search.samples": [8, 12]}
+
+
+def test_two_rounds_of_one_loop_exclude_each_other(tmp_path):
+    with (
+        Loop.locked(tmp_path, "smoke", "a round", task="countdown"),
+        pytest.raises(LockedError, match="is being done by process"),
+    ):
+        a_round(tmp_path)
+
+
+def test_controls_never_promote_and_cost_no_look(tmp_path):
+    a_round(tmp_path)
+    before = Loop.open(tmp_path, "smoke").state
+    record = a_round(tmp_path, control="random").records[-1]
+    after = Loop.open(tmp_path, "smoke").state
+    assert (record.verdict, record.kind) == ("control", "control-random")
+    assert after.champion == before.champion
+    assert after.gate_looks == before.gate_looks
+    rows = [json.loads(line) for line in (tmp_path / "smoke" / record.folder / "select" / "rows.jsonl").open()]
+    original = [json.loads(line) for line in (tmp_path / "smoke" / "round-001" / "select" / "rows.jsonl").open()]
+    assert len(rows) == len(original)
+    assert a_round(tmp_path).records[-1].round == 2
+
+
+def test_a_control_needs_a_round(tmp_path):
+    with pytest.raises(UserError, match="run `ratchet round` first"):
+        a_round(tmp_path, control="random")
+
+
+def test_a_damaged_result_of_the_unfinished_round_is_done_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("select"))
+    rows = tmp_path / "smoke" / "round-001" / "select" / "rows.jsonl"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-10])
+    a_round(tmp_path)
+    assert rows.read_bytes() == whole
+    assert (tmp_path / "smoke" / "round-001" / "corrupt" / "select-1").is_dir()
+
+
+def test_nothing_new_and_nothing_unsolved_records_no_round(tmp_path, monkeypatch):
+    a_round(tmp_path)
+
+    def nothing(run):
+        raise NothingToDo("nothing new and nothing unsolved")
+
+    monkeypatch.setattr("flows.driver.run_improvement", nothing)
+    outcome = a_round(tmp_path)
+    assert outcome.nothing == "nothing new and nothing unsolved"
+    assert Loop.open(tmp_path, "smoke").state.next_round == 2
+    assert not (tmp_path / "smoke" / "round-002").exists()
+
+
+def test_a_listener_that_fails_is_heard_no_more_and_harms_nothing(tmp_path):
+    class Broken(Silent):
+        def stage_started(self, folder, name, expected_s):
+            raise RuntimeError("no terminal")
+
+    with pytest.warns(UserWarning, match="Broken stopped listening: no terminal"):
+        outcome = a_round(tmp_path, observer=Several([Broken(), Silent()]))
+    assert outcome.records[-1].verdict == "promoted"
