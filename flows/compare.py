@@ -14,7 +14,8 @@ The JSON document is stable:
         "models": {"before": {"path", "fingerprint"} | null, "challenger": ..., "champion": ...}}]}
 
 `metrics` are those of the model that the round made; gains compare it with the champion that the round began with, over
-the same problems, with 95 % intervals. `per_point` is the cost of one point of greedy accuracy, null without a gain.
+the same problems, with 95 % intervals. `per_point` is the cost of one point of greedy accuracy, null where the gain may
+be nothing.
 """
 
 from __future__ import annotations
@@ -121,9 +122,10 @@ def print_table(history: History, console: Console) -> None:
     """The rounds, one a line, and what the loop stands at. Colours follow the console, NO_COLOR included."""
     from rich.text import Text
 
-    width = console.width if console.is_terminal else max(console.width, WIDTH)
+    if not console.is_terminal:  # a pipe has no width: cut nothing
+        console.width = max(console.width, WIDTH)
     console.print(Text.assemble((history.name, "bold"), f"  {history.task}. {text.rounds_so_far(history)}"))
-    console.print(table(history, costs=width >= WIDTH), width=width, crop=False)
+    console.print(table(history, costs=console.width >= WIDTH))
     console.print(Text("% of the test problems; gain of the greedy answer in points, ± its 95 % interval", "dim"))
     finished = [r for r in history.proper if r.number and r.gains]
     lines = text.comparison_lines(history, finished[-1])[:1] if finished else []
@@ -151,7 +153,7 @@ def table(history: History, *, costs: bool = True) -> Table:
     names = [name for name in shown if not name.startswith("pass_at_") or name in ("pass_at_1", largest)]
     heads = ["round", "verdict", *(shown[name] for name in names), "gain"]
     drawn = Table(box=None, pad_edge=False, header_style="bold")
-    for place, head in enumerate([*heads, "tokens", "time", "tokens/point"] if costs else heads):
+    for place, head in enumerate([*heads, "tokens", "time", "per point"] if costs else heads):
         drawn.add_column(head, justify="left" if place < 2 else "right", no_wrap=True)
     for r in history.rounds:
         gain, each = r.gains.get("accuracy_greedy"), text.per_point(r)

@@ -219,18 +219,20 @@ class _Champions:
         self._replay(loop.state)
 
     def _replay(self, state: LoopState) -> None:
-        moves, champion = list(state.moves), None
+        """Times decide only where a move by hand stands among rejected rounds: rounds may take less than a second."""
+        moves, champion, owner = list(state.moves), None, _owners(state)
         for record in state.rounds:
             if record.kind != "round":
                 continue
-            promoted = record.verdict in ("base", "promoted")
-            while moves and moves[0].utc <= record.started_utc and not (promoted and _own(moves[0], record)):
+            while moves and id(moves[0]) not in owner and moves[0].utc <= record.started_utc:
                 champion = self._note(moves.pop(0))
+            own = next((i for i, move in enumerate(moves) if owner.get(id(move)) == record.folder), None)
+            for move in moves[:own] if own else ():
+                champion = self._note(move)
             self.before[record.folder] = champion
-            if promoted:
-                while moves and not _own(moves[0], record):
-                    champion = self._note(moves.pop(0))
-                champion = moves.pop(0).bundle if moves else champion
+            if own is not None:
+                champion = moves[own].bundle
+                moves = moves[own + 1 :]
             self.after[record.folder] = champion
         for move in moves:
             self._note(move)
@@ -257,8 +259,17 @@ class _Champions:
         return ModelRef(bundle.policy.path, _fingerprint(folder), folder)
 
 
-def _own(move: Any, record: RoundRecord) -> bool:
-    return move.action in ("base", "promote") and move.bundle.round == record.round and move.reason == record.reason
+def _owners(state: LoopState) -> dict[int, str]:
+    """Which moves were made by a round: id of the move -> the round's folder. The others were made by hand."""
+    waiting = [record for record in state.rounds if record.verdict in ("base", "promoted")]
+    owners: dict[int, str] = {}
+    for move in state.moves:
+        for record in waiting:
+            if move.bundle.round == record.round and move.reason == record.reason and move.action != "rollback":
+                owners[id(move)] = record.folder
+                waiting.remove(record)
+                break
+    return owners
 
 
 def _load_round(

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.findings import Findings, clean
 from flows.history import Cost, Figure, History, ModelRef, Round, measured_sizes, searched_size
-from flows.show import count, percent, seconds
+from flows.show import count, seconds
 from search.stats import PairedDifference
 
 CAPTIONS = {
@@ -37,6 +37,11 @@ class Table:
 
     heads: tuple[str, ...]
     rows: tuple[Row, ...] = ()
+
+
+def percent(value: float | None) -> str:
+    """A share: "21.6 %"."""
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def points(gain: PairedDifference | None) -> str:
@@ -277,9 +282,9 @@ def difficulty_table(round_: Round) -> Table:
 
 
 def per_point(round_: Round) -> Cost | None:
-    """What one point of greedy accuracy cost; None where nothing was gained. `spend` is rounded to whole tokens."""
+    """What one point of greedy accuracy cost; None where the gain may be nothing (95 %). Tokens are rounded."""
     gain = round_.gains.get("accuracy_greedy")
-    if gain is None or gain.mean <= 0:
+    if gain is None or gain.low <= 0:
         return None
     from search.evaluate import scale
 
