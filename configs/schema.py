@@ -131,7 +131,7 @@ class Model(Section):
 
 
 class Bootstrap(Section):
-    """The embedded base model: a tiny Qwen2 trained from scratch on generated demonstrations."""
+    """The embedded base model: a tiny Llama trained from scratch on generated demonstrations."""
 
     hidden_size: PositiveInt = 96
     layers: PositiveInt = 3

@@ -1,4 +1,4 @@
-"""Train the embedded base model: a tiny Qwen2, from scratch, on demonstrations of its task.
+"""Train the embedded base model: a tiny Llama, from scratch, on demonstrations of its task.
 
 An own loop instead of the HF Trainer: with rows grouped by length nothing is padded, and every hidden matrix follows
 Muon. It stops after a number of steps, never after a time, so a seed and a thread count give the same weights bit for
@@ -91,10 +91,10 @@ def _rows(config: Config, task: Any, stream: str, num: int) -> Iterator[Row]:
 
 
 def build_model(settings: Bootstrap, tokenizer: Any, *, seed: int) -> Any:
-    """An untrained Qwen2 of the configured size, float32; the global random state is left as it was."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """An untrained Llama of the configured size, float32; the global random state is left as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = Qwen2Config(
+    shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.feed_forward * settings.hidden_size,
@@ -109,7 +109,7 @@ def build_model(settings: Bootstrap, tokenizer: Any, *, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(shape)
+        return LlamaForCausalLM(shape)
 
 
 # ---------------------------------------------------------------- training
