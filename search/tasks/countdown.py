@@ -27,12 +27,13 @@ QUESTION = re.compile(r"[0-9]{1,3}(?:[ ,]+[0-9]{1,3})*[ ]*(?:>|->|=)[ ]*[0-9]{1,
 LONGEST_LINE = len("99+99=99")
 
 
-class Node(NamedTuple):
-    """A number that is on the table: one of the given ones, or the result of a line. Example: Node(8, "3+5", ...)"""
+class Line(NamedTuple):
+    """One operation. Example: Line(5, "*", 3, 15)"""
 
-    value: int
-    expression: str  # canonical: commuted operands give the same text
-    parts: tuple[Node, Node] | None = None
+    a: int
+    sign: str
+    b: int
+    result: int
 
 
 class Countdown:
@@ -84,68 +85,64 @@ class Countdown:
 
     def _grade(self, problem: Problem, text: str) -> Graded:
         numbers, target = _split_key(problem.key)
-        nodes = self._play(numbers, text)
-        if len(nodes) != len(numbers) - 1:
+        lines = self._lines(numbers, text)
+        left = self._left(numbers, lines)
+        if not lines or left is None:
             return Graded(Grade.WRONG, None)
-        grade = Grade.CORRECT if nodes[-1].value == target else Grade.WRONG
-        return Graded(grade, nodes[-1].expression)
+        return Graded(Grade.CORRECT if left == [target] else Grade.WRONG, _expression(numbers, lines))
 
     def step_labels(self, problem: Problem, text: str) -> list[bool]:
         """The perfect step checker: for each line, whether it and all before are legal and the end can be reached."""
         numbers, target = _split_key(problem.key)
-        lines = text.removesuffix("\n").split("\n") if len(text) <= self._longest(numbers) else [text]
+        lines = text.removesuffix("\n").split("\n") if len(text) <= self._longest(numbers) else [text[:1]]
         labels: list[bool] = []
         for count in range(1, len(lines) + 1):
-            left = self._table(numbers, lines[:count])
-            labels.append(left is not None and self._finish([node.value for node in left], target) is not None)
+            left = self._left(numbers, lines[:count]) if all(labels) else None
+            labels.append(left is not None and self._finish(left, target) is not None)
         return labels
 
     def solution_key(self, problem: Problem, text: str) -> str:
         """The lines with operands and order made canonical: two responses with equal keys are the same solution."""
         numbers, _ = _split_key(problem.key)
-        if not self._play(numbers, text):
+        lines = self._lines(numbers, text)
+        if not lines or self._left(numbers, lines) is None:
             return text[:200]
-        return ";".join(sorted(_canonical_line(line) for line in text.removesuffix("\n").split("\n")))
+        return ";".join(sorted(map(_canonical_line, lines)))
 
     def solved_keys(self, problem: Problem, text: str) -> frozenset[str]:
-        """Keys of every problem that this text contains a solution of; empty for an illegal play."""
+        """Keys of every problem that lines of this text, in order, solve; empty for an illegal play."""
         numbers, _ = _split_key(problem.key)
-        return self._solved(self._play(numbers, text))
+        lines = self._lines(numbers, text)
+        return self._solved(lines) if lines and self._left(numbers, lines) is not None else frozenset()
 
-    def _solved(self, nodes: Sequence[Node]) -> frozenset[str]:
-        sizes = range(self.config.min_numbers, self.config.max_numbers + 1)
+    def _solved(self, lines: Sequence[str]) -> frozenset[str]:
+        parsed = [_parse_line(line) for line in lines]
+        smallest = max(1, self.config.min_numbers - 1)
+        chosen = (some for size in range(smallest, len(lines) + 1) for some in combinations(parsed, size))
+        starts = ((_leaves(some), some[-1].result) for some in chosen)
         return frozenset(
-            _key(leaves, node.value)
-            for node in nodes
-            for leaves in _frontiers(node)
-            if len(leaves) in sizes and leaves[-1] <= self.config.max_value
+            _key(leaves, result) for leaves, result in starts if leaves and leaves[-1] <= self.config.max_value
         )
 
-    def _play(self, numbers: Sequence[int], text: str) -> list[Node]:
-        """The results of a complete legal play's lines, in order; empty where the text is anything else."""
+    def _lines(self, numbers: Sequence[int], text: str) -> list[str]:
+        """The lines of a text that has as many as a complete play; else none."""
         lines = text.removesuffix("\n").split("\n") if len(text) <= self._longest(numbers) else []
-        if len(lines) != len(numbers) - 1:
-            return []
-        made: list[Node] = []
-        return made if self._table(numbers, lines, made) is not None else []
+        return lines if len(lines) == len(numbers) - 1 else []
 
-    def _table(self, numbers: Sequence[int], lines: Sequence[str], made: list[Node] | None = None) -> list[Node] | None:
-        """What is on the table after the lines; None at the first illegal one. `made` collects the results."""
-        table = [Node(value, str(value)) for value in numbers]
-        for line in lines:
-            match = LINE.fullmatch(line)
-            if match is None:
+    def _left(self, numbers: Sequence[int], lines: Sequence[str]) -> list[int] | None:
+        """The numbers on the table after the lines; None at the first illegal one."""
+        table = list(numbers)
+        for text in lines:
+            if LINE.fullmatch(text) is None:
                 return None
-            a, b = _take(table, int(match[1])), _take(table, int(match[3]))
-            if a is None or b is None:
+            line = _parse_line(text)
+            for value in (line.a, line.b):
+                if value not in table:
+                    return None
+                table.remove(value)
+            if apply(line.a, line.sign, line.b) != line.result or line.result > self.config.max_intermediate:
                 return None
-            result = apply(a.value, match[2], b.value)
-            if result is None or result != int(match[4]) or result > self.config.max_intermediate:
-                return None
-            node = Node(result, _expression(a, match[2], b), (a, b))
-            table.append(node)
-            if made is not None:
-                made.append(node)
+            table.append(line.result)
         return table
 
     def _longest(self, numbers: Sequence[int]) -> int:
@@ -209,11 +206,11 @@ class Countdown:
         other = play if solved else self._random_play(chance, numbers)
         if play is None or other is None:
             return None
-        text, target = "\n".join(play[0]), other[1]
-        keys = {_key(numbers, target), *self._solved(self._play(numbers, text))}
+        target = other[1]
+        keys = {_key(numbers, target), *self._solved(play[0])}
         if any(split_of(key, self.splits) != "train" for key in keys):
             return None
-        return _problem(numbers, target), text
+        return _problem(numbers, target), "\n".join(play[0])
 
     def _stream(self, chance: random.Random, split: Split) -> Iterator[Problem]:
         while True:
@@ -265,34 +262,45 @@ def _split_key(key: str) -> tuple[list[int], int]:
     return [int(value) for value in numbers.split(",")], int(target)
 
 
-def _take(table: list[Node], value: int) -> Node | None:
-    """Remove a number from the table. Of equal ones the first by expression, so that line order does not matter."""
-    found = min((node for node in table if node.value == value), key=lambda node: node.expression, default=None)
-    if found is not None:
-        table.remove(found)
-    return found
+def _parse_line(text: str) -> Line:
+    match = LINE.fullmatch(text)
+    assert match is not None, "only well-formed lines are parsed"
+    return Line(int(match[1]), match[2], int(match[3]), int(match[4]))
 
 
-def _expression(a: Node, sign: str, b: Node) -> str:
-    left, right = (f"({x.expression})" if x.parts else x.expression for x in (a, b))
-    if sign in "+*" and (b.value, right) > (a.value, left):
-        left, right = right, left
-    return left + sign + right
-
-
-def _canonical_line(line: str) -> str:
-    match = LINE.fullmatch(line)
-    assert match is not None, "only lines of a legal play have a canonical form"
-    a, b = int(match[1]), int(match[3])
-    if match[2] in "+*":
+def _canonical_line(text: str) -> str:
+    a, sign, b, result = _parse_line(text)
+    if sign in "+*":
         a, b = max(a, b), min(a, b)
-    return f"{a}{match[2]}{b}={match[4]}"
+    return f"{a}{sign}{b}={result}"
 
 
-def _frontiers(node: Node) -> set[tuple[int, ...]]:
-    """Every set of numbers that the lines up to this node turn into its value, sorted; with the node itself."""
-    if node.parts is None:
-        return {(node.value,)}
-    left, right = node.parts
-    combined = {tuple(sorted(a + b)) for a in _frontiers(left) for b in _frontiers(right)}
-    return combined | {(node.value,)}
+def _leaves(lines: Sequence[Line]) -> list[int]:
+    """The numbers that these lines, alone and in this order, turn into the last one's result; [] if they do not.
+
+    From the last line back, each result fills one place in a later line; the places that stay open are the numbers.
+    """
+    places: list[int] = []
+    for line in reversed(lines):
+        if places:
+            if line.result not in places:
+                return []
+            places.remove(line.result)
+        places += [line.a, line.b]
+    return sorted(places)
+
+
+def _expression(numbers: Sequence[int], lines: Sequence[str]) -> str:
+    """A legal play as one expression; commuted operands give the same text. Example: "(5*3)+7" """
+    table = [(value, str(value)) for value in numbers]
+    for text in lines:
+        line = _parse_line(text)
+        operands: list[tuple[int, str]] = []
+        for value in (line.a, line.b):  # of equal numbers the first by text, so that the order of lines hardly matters
+            entry = min(entry for entry in table if entry[0] == value)
+            table.remove(entry)
+            operands.append((value, entry[1] if entry[1].isdigit() else f"({entry[1]})"))
+        if line.sign in "+*":
+            operands.sort(reverse=True)
+        table.append((line.result, line.sign.join(text for _, text in operands)))
+    return table[0][1]
