@@ -293,12 +293,23 @@ class Gate(Section):
     )
     primary: Literal["greedy", "pass_at_1"] = "greedy"
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="spent over looks as alpha / (j (j + 1))")
-    coverage_problems: PositiveInt = Field(default=500, description="gate problems sampled for coverage")
-    coverage_samples: PositiveInt = Field(default=16, description="k of the coverage guard (pass@k)")
+    coverage_problems: PositiveInt = Field(default=1000, description="gate problems sampled for coverage")
+    coverage_samples: PositiveInt = Field(default=32, description="samples drawn of each")
+    coverage_k: PositiveInt = Field(
+        default=16, description="coverage is pass@k; drawing more than k samples makes it exact enough to compare"
+    )
     margin: Fraction = Field(default=0.02, description="how much worse coverage may be, by the lower 95 % bound")
     min_problems: PositiveInt = 200
     max_ungraded: Fraction = 0.01
     guards: tuple[GuardSet, ...] = ()
+
+    @model_validator(mode="after")
+    def _coverage(self) -> Gate:
+        if self.coverage_k > self.coverage_samples:
+            raise ValueError(
+                f"coverage_k = {self.coverage_k} needs coverage_samples of at least as many, not {self.coverage_samples}"
+            )
+        return self
 
 
 class Tracking(Section):

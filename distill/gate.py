@@ -274,7 +274,7 @@ def _primary_checks(config: Gate, primary: Primary, look: int) -> list[tuple[boo
 
 def _coverage(config: Gate, evidence: Evidence) -> Comparison:
     champion, challenger = _same_keys(evidence.champion_pool, evidence.challenger_pool)
-    k = config.coverage_samples
+    k = config.coverage_k
     return _compare(
         f"pass_at_{k}", [_pass_at(c, k) for c in champion], [_pass_at(c, k) for c in challenger], config.margin
     )
