@@ -307,7 +307,7 @@ class Gate(Section):
     def _coverage(self) -> Gate:
         if self.coverage_k > self.coverage_samples:
             raise ValueError(
-                f"coverage_k = {self.coverage_k} needs coverage_samples of at least as many, not {self.coverage_samples}"
+                f"coverage_k = {self.coverage_k} is more than coverage_samples = {self.coverage_samples}"
             )
         return self
 
