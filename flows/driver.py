@@ -222,7 +222,7 @@ def run_improvement(run: RoundRun) -> RoundRecord:
     fresh = {} if verdict["promoted"] else {"search": searched}
     old = {"previous": run.part(champion.difficulty)} if champion.difficulty else {}
     difficulty = run.stage("difficulty", {"problems": problems, "policy": winner, **old, **fresh})
-    reason = "; ".join(verdict["reasons"])
+    reason = _reason(verdict)
     if not verdict["promoted"]:
         return _finish(run, "rejected", reason, None)
     bundle = Bundle(n, run.loop.part(challenger.path), difficulty=_fitted(run, difficulty))
@@ -269,6 +269,16 @@ def _finish(run: RoundRun, verdict: Any, reason: str, bundle: Bundle | None) -> 
         gate_set=gate_set(run.config, run.folder.round) if looked else None,
     )
     return run.loop.finish(run.folder, record, bundle)
+
+
+def _reason(verdict: Mapping[str, Any]) -> str:
+    """Why, in one line: what the challenger won by, or every check it failed."""
+    primary = verdict["primary"]
+    if not verdict["promoted"] or primary is None:
+        return "; ".join(verdict["reasons"])
+    gain, low, high = (100 * primary[name] for name in ("effect", "low", "high"))
+    measure = primary["measure"].replace("_", "@") if "pass" in primary["measure"] else primary["measure"]
+    return f"{measure} {gain:+.1f} points on the gate (95 % {low:+.1f} to {high:+.1f}), p = {primary['p']:.2g}"
 
 
 def gate_set(config: Config, round_number: int) -> str:
