@@ -119,7 +119,7 @@ class PrefectServer:
 
     def stop(self) -> None:
         """Send what is left to the server and let go of it; the last user stops it."""
-        if self._server is not None and self.url is not None:
+        if self._server is not None and _problem(self._server.url) is None:
             _drain()
         self._set_environment({})
         self.url = None
