@@ -87,12 +87,13 @@ class Arithmetic:
     def _grade(self, problem: Problem, text: str) -> Graded:
         first, operations = _parse(problem.key)
         lines = self._lines(text, len(operations))
-        labels, written = self._check(first, operations, lines)
-        if len(lines) != len(operations) or written is None:
+        labels, values = self._check(first, operations, lines)
+        if len(lines) != len(operations) or len(values) != len(operations) + 1:
             return Graded(Grade.WRONG, None)
+        written = str(values[-1])
         if all(labels):
-            return Graded(Grade.CORRECT, str(written))
-        return Graded(Grade.WRONG, None if str(written) == problem.answer else str(written))
+            return Graded(Grade.CORRECT, written)
+        return Graded(Grade.WRONG, None if written == problem.answer else written)
 
     def step_labels(self, problem: Problem, text: str) -> list[bool]:
         """The perfect step checker: for each line, whether it and all before are right."""
@@ -106,36 +107,37 @@ class Arithmetic:
         return text.removesuffix("\n")[: self._longest(self.config.max_operations)]
 
     def solved_keys(self, problem: Problem, text: str) -> frozenset[str]:
-        """Keys of every problem that this text contains a solution of; empty unless the text is right."""
-        if self._grade(problem, text).grade is not Grade.CORRECT:
-            return frozenset()
+        """Keys of every problem that a run of right lines solves, also where the text as a whole is wrong."""
         first, operations = _parse(problem.key)
-        inner: set[str] = set()
-        for count in range(1, len(operations) + 1):
-            inner.update(self._inner_keys(self._values(first, operations[:count]), operations[:count]))
-        return frozenset(inner)
+        labels, values = self._check(first, operations, self._lines(text, len(operations)))
+        found: set[str] = set()
+        for end in range(1, len(values)):
+            right = next((i + 1 for i in reversed(range(end)) if not labels[i]), 0)
+            found.update(self._inner_keys(values[right : end + 1], operations[right:end]))
+        return frozenset(found)
 
     def _lines(self, text: str, num_operations: int) -> list[str]:
         """The lines of a response; a text too long to be one comes back uncut."""
         return text.removesuffix("\n").split("\n") if len(text) <= self._longest(num_operations) else [text[:1]]
 
-    def _check(
-        self, first: int, operations: Sequence[Operation], lines: Sequence[str]
-    ) -> tuple[list[bool], int | None]:
-        """Whether each line that follows the chain is right, and the last result written (None: left the chain)."""
+    def _check(self, first: int, operations: Sequence[Operation], lines: Sequence[str]) -> tuple[list[bool], list[int]]:
+        """Whether each line that follows the chain is right, and the values written, `first` included.
+
+        A line that leaves the chain is wrong and ends the list of values.
+        """
         labels: list[bool] = []
-        value: int | None = first
+        values = [first]
         for (sign, operand), line in zip(operations, lines, strict=False):
             match = LINE.fullmatch(line)
-            if match is None or (int(match[1]), match[2], int(match[3])) != (value, sign, operand):
-                return [*labels, False], None
+            if match is None or (int(match[1]), match[2], int(match[3])) != (values[-1], sign, operand):
+                return [*labels, False], values
             written = int(match[4])
-            labels.append(written == self.apply(int(match[1]), sign, operand))
-            value = written
-        return labels, value
+            labels.append(written == self.apply(values[-1], sign, operand))
+            values.append(written)
+        return labels, values
 
     def _longest(self, num_operations: int) -> int:
-        return num_operations * (LONGEST_LINE + 1)
+        return 2 * num_operations * (LONGEST_LINE + 1)
 
     def apply(self, a: int, sign: str, b: int) -> int:
         """One operation modulo the prime, in 0..modulus-1."""
@@ -157,9 +159,17 @@ class Arithmetic:
         shown: list[tuple[Problem, str]] = []
         for _ in range(num):
             brief = chance.random() < bootstrap.short
-            problem = self._training_chain(chance, chance.randint(low, max(low, min(SHORT, high)) if brief else high))
-            shown.append((problem, self._taught(chance, problem, bootstrap.teacher_errors)))
+            length = chance.randint(low, max(low, min(SHORT, high)) if brief else high)
+            shown.append(self._demonstration(chance, length, bootstrap.teacher_errors))
         return shown
+
+    def _demonstration(self, chance: random.Random, length: int, errors: float) -> tuple[Problem, str]:
+        """A training chain and the teacher's answer. After a slip other chains begin: none of them is held out."""
+        while True:
+            problem = self._training_chain(chance, length)
+            text = self._taught(chance, problem, errors)
+            if all(split_of(key, self.splits) == "train" for key in self.solved_keys(problem, text)):
+                return problem, text
 
     def _taught(self, chance: random.Random, problem: Problem, errors: float) -> str:
         value, operations = _parse(problem.key)
@@ -208,7 +218,7 @@ class Arithmetic:
     def _inner_keys(self, values: Sequence[int], operations: Sequence[Operation]) -> list[str]:
         """Keys of the problems inside a chain that end with its last operation, the chain itself included."""
         starts = range(len(operations) - self.config.min_operations + 1)
-        return [_key(values[i], operations[i:]) for i in starts if i == 0 or 1 <= values[i] <= self.config.max_operand]
+        return [_key(values[i], operations[i:]) for i in starts if 1 <= values[i] <= self.config.max_operand]
 
     def _values(self, first: int, operations: Sequence[Operation]) -> list[int]:
         values = [first]
