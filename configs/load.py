@@ -43,7 +43,8 @@ def find(name: str | Path) -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    shipped = SHIPPED / given.with_suffix(".toml").name
+    # Not with_suffix: "gsm8k_qwen2.5_0.5b" has dots of its own.
+    shipped = SHIPPED / (given.name.removesuffix(".toml") + ".toml")
     plain_name = given.parent == Path() or given.parent.name == "configs"
     if plain_name and shipped.is_file():
         return shipped

@@ -36,6 +36,7 @@ from search.types import Grade, Graded
 _START_S = 120.0  # a worker imports sympy, on a machine that may be busy
 _KILL_AFTER_S = 1.5  # past its own alarm, before the parent kills it
 _MAX_FAILED_STARTS = 3
+_MAX_KILLED_STARTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,13 @@ class _Worker:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
+    def exit_code(self, patience_s: float) -> int:
+        """How the process ended; it is killed where it has not within `patience_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(patience_s)
+        self.process.kill()
+        return self.process.wait()
+
     def last_words(self) -> str:
         self.errors.seek(0)
         return self.errors.read()[-2000:].decode(errors="replace").strip()
@@ -292,8 +300,8 @@ class _Supervisor:
         """End a worker. A job it died over is tried once more, for it may have been killed from outside (or before it
         began); a second death, or a limit, leaves the job ungraded. A worker never ready counts against the next start.
         """
-        worker.process.kill()
-        if worker.process.wait() == -signal.SIGXCPU:
+        code = worker.exit_code(0.0 if why == "time" else 2.0)
+        if code == -signal.SIGXCPU:
             why = "time"
         if worker.job is not None and why == "crash" and worker.job not in self.retried:
             self.retried.add(worker.job)
@@ -305,7 +313,8 @@ class _Supervisor:
         words = worker.last_words()
         worker.kill()
         self.workers.remove(worker)
-        if self.failed_starts >= _MAX_FAILED_STARTS:
+        killed = why == "crash" and code < 0  # from outside: short of memory, perhaps; worth more attempts
+        if self.failed_starts >= (_MAX_KILLED_STARTS if killed else _MAX_FAILED_STARTS):
             raise EngineError(
                 f"the grading workers do not start ({why}): {words or 'no message'}; check that math-verify is "
                 f"installed and that grader_memory_mib = {self.pool.memory_mib} is enough (512 at least)"

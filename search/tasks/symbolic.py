@@ -39,13 +39,24 @@ def parse(answer: str) -> list[Any]:
     from math_verify import parse as read
 
     config = LatexExtractionConfig(boxed_match_priority=0)
-    return read(f"\\boxed{{{answer}}}", [config], parsing_timeout=None, extraction_mode="first_match")  # type: ignore[arg-type]
+    options: Any = {"parsing_timeout": None, "extraction_mode": "first_match", "raise_on_error": True}
+    try:
+        return read(f"\\boxed{{{answer}}}", [config], **options)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  what cannot be read has no symbolic form
+        return []
 
 
 def equal(gold: str, answer: str) -> bool:
     from math_verify import verify
 
-    return verify(parse(gold), parse(answer), timeout_seconds=None)
+    try:
+        return verify(parse(gold), parse(answer), timeout_seconds=None, raise_on_error=True)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  what cannot be compared (a set with a matrix) is not equal
+        return False
 
 
 def canonical(answer: str) -> str:

@@ -1,10 +1,11 @@
-"""Break the grader: hostile answers by the hundred, workers killed in the middle of a batch, memory and time run out."""
+"""Break the grader: hostile answers by the hundred, workers killed in mid-batch, memory and time that run out."""
 
 import os
 import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from search.types import Grade
 
 pytestmark = pytest.mark.slow
 
-GOLDS = ["7", "2\\sqrt{3}", "x^2+1", "(1,2)", "\\text{Evelyn}", "\\{1,2\\}", "y = 2x + 3", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"]  # fmt: skip
+GOLDS = ["7", "2\\sqrt{3}", "x^2+1", "(1,2)", "\\text{Evelyn}", "\\{1,2\\}", "y = 2x + 3"]
+GOLDS += ["\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"]
 
 # Past the guards on purpose, so that they reach the symbolic comparison.
 HEAVY = [
@@ -93,13 +95,13 @@ def test_a_thousand_hostile_answers_do_not_hold_up_the_honest_ones():
 
 
 def test_workers_killed_again_and_again_lose_no_answer():
-    jobs = [Job(f"{k}\\sqrt{{2}}", f"\\sqrt{{{2 * k * k}}}") for k in range(2, 152)]
+    jobs = [Job(f"{k}\\sqrt{{2}}", f"\\sqrt{{{2 * k * k}}}") for k in range(2, 102)]
     stop = threading.Event()
     killed = []
 
     def monkey(pool):
         while not stop.wait(1.5):
-            for pid in pool.pids()[:1]:
+            for pid in [w.process.pid for w in list(pool._workers) if w.ready][:1]:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
@@ -107,7 +109,7 @@ def test_workers_killed_again_and_again_lose_no_answer():
         killer = threading.Thread(target=monkey, args=(pool,))
         killer.start()
         try:
-            found = [c for _ in range(4) for c in pool.compare(jobs)]
+            found = [c for _ in range(3) for c in pool.compare(jobs)]
         finally:
             stop.set()
             killer.join()
@@ -119,20 +121,23 @@ def test_workers_killed_again_and_again_lose_no_answer():
 
 
 def test_a_hanging_answer_is_ungraded_and_its_neighbours_are_not():
-    hang = Job("x", "9^{9^{9^{9}}}")  # straight to a worker, past the guards
+    hang = Job("x^2+1", "2^{99999999999}x")  # straight to a worker, past the guards
     with GraderPool(seconds=1.0, workers=2) as pool:
         found = pool.compare([Job("2x", "x+x"), hang, Job("3x", "x+2x"), Job("4x", "2x+2x")])
-        assert pool.failures
+        assert sum(pool.failures.values()) == 1
     assert [c.equal for c in found] == [True, None, True, True]
-    assert found[1].failed in ("time", "memory", "error: OverflowError")
+    assert found[1].failed in ("time", "memory")
 
 
 def test_memory_is_bounded():
-    greedy = Job("x", "(10^{9})^{(10^{9})}")
-    with GraderPool(seconds=20.0, memory_mib=600, workers=1) as pool:
-        found = pool.compare([greedy, Job("2x", "x+x")])
-    assert found[0].equal is not True
-    assert found[1].equal is True
+    jobs = [Job("x^2+1", f"2^{{{k}99999999}}x") for k in range(20, 60, 10)]  # each number needs 250 MiB or more
+    with GraderPool(seconds=5.0, memory_mib=600, workers=1) as pool:
+        found = pool.compare([*jobs, Job("2x", "x+x")])
+        (pid,) = pool.pids()
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert int(status["VmPeak"].split()[0]) < 620 * 1024
+    assert not any(c.equal for c in found[:-1])
+    assert found[-1].equal is True
 
 
 def test_a_pool_works_from_threads_that_end():
@@ -155,11 +160,12 @@ def test_any_gold_and_any_response_get_a_verdict(gold, response):
     assert graded[2].grade is Grade.UNGRADED
 
 
-LATEX = ["\\frac", "\\sqrt", "{", "}", "^", "_", "x", "1", "2", "+", "-", "=", "\\int", "\\left(", "\\right)", ",", "\\pi", " ", "!", "\\cup", "|"]  # fmt: skip
+PIECES = [*"{}^_x12+-=,! |", "\\frac", "\\sqrt", "\\int", "\\left(", "\\right)", "\\pi", "\\cup"]
+LATEX = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(LATEX), max_size=25).map("".join), st.lists(st.sampled_from(LATEX), max_size=25).map("".join))  # fmt: skip
+@given(LATEX, LATEX)
 def test_any_mathematics_gets_a_verdict(gold, answer):
     (graded,) = POOL.grade([(gold, f"\\boxed{{{answer}}}")])
     assert graded.grade in Grade
