@@ -15,7 +15,8 @@ import yaml
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from configs.schema import Distill, Model
 from distill import checkpoints
@@ -131,7 +132,9 @@ class Trainer(SFTTrainer):
     """One training. `steps_done` counts the optimizer steps of this process."""
 
     config: Distill
+    policy: Any
     lengths: list[int]
+    vocabulary: int
     steps_done: int
     pending_loss: torch.Tensor | None
 
@@ -167,6 +170,7 @@ class Trainer(SFTTrainer):
         )
         trainer.remove_callback(PrinterCallback)
         trainer.config, trainer.lengths = config, examples.lengths
+        trainer.policy, trainer.vocabulary = policy, policy.config.get_text_config().vocab_size
         trainer.steps_done, trainer.pending_loss = 0, None
         return trainer
 
@@ -174,7 +178,7 @@ class Trainer(SFTTrainer):
         if self.optimizer is None:
             config = self.config
             self.optimizer = build_optimizer(
-                self.model if model is None else model,
+                self.policy if model is None else model,
                 config.optimizer,
                 config.learning_rate,
                 config.adamw_learning_rate,
@@ -189,8 +193,8 @@ class Trainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean negative log-likelihood over the loss tokens of the whole optimizer step."""
-        vocabulary = self.model.config.get_text_config().vocab_size  # pyright: ignore[reportOptionalMemberAccess]
-        plain = vocabulary <= SMALL_VOCABULARY and self.accelerator.num_processes == 1 and not self.aux_loss_enabled
+        small = self.vocabulary <= SMALL_VOCABULARY
+        plain = small and self.accelerator.num_processes == 1 and not self.aux_loss_enabled
         if not plain or return_outputs or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")[:, 1:]
