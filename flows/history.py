@@ -5,7 +5,8 @@ controls are included as far as they got. No Prefect, no MLflow, no torch; pools
 
 distill/efficiency = (pass@1 after - before) / (search@N before - pass@1 before), all on the held-out test problems:
 the share of what search gained over one sample that distilling kept. Near 1 the round was limited by its search, near
-0 by its distillation. N is the largest measured k that is not above the samples of the round's search.
+0 by its distillation. N is the number of samples of the round's search (of a pool, where that is smaller); before the
+report is written, the largest measured k up to it.
 """
 
 from __future__ import annotations
@@ -65,6 +66,20 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Efficiency:
+    """distill/efficiency, see the module, with its 95 % interval where it is known.
+
+    Example: Efficiency(0.36, 0.25, 0.47, samples=16, searched=0.69)
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    samples: int  # N
+    searched: float  # search@N before
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What a stage cost. `wall_s` of an unfinished stage is 0."""
 
@@ -108,7 +123,7 @@ class Round:
     before_metrics: Mapping[str, Figure]  # test/... of the champion that the round began with
     champion_metrics: Mapping[str, Figure]  # test/... of the champion after the round
     gains: Mapping[str, PairedDifference]  # "accuracy_greedy", ...: challenger minus champion before, paired, 95 %
-    efficiency: Figure | None
+    efficiency: Efficiency | None
     costs: Mapping[str, Cost]  # by stage, in order
     filters: Mapping[str, int]  # where the candidates went
     gate: Mapping[str, Any]  # gate/verdict.json
@@ -287,8 +302,7 @@ def _load_round(
     gains, efficiency = _stored_gains(report)
     if number and before and not gains:
         gains = greedy_gain(before.folder, folder)
-        ratio = distill_efficiency(before_metrics, metrics, samples)
-        efficiency = None if ratio is None else Figure(ratio)
+        efficiency = distill_efficiency(before_metrics, metrics, samples)
     return Round(
         number=number,
         kind=kind,
@@ -332,21 +346,17 @@ def _challenger(loop_path: Path, folder: Path) -> ModelRef | None:
 # ---------------------------------------------------------------- gains
 
 
-def distill_efficiency(before: Mapping[str, Figure], after: Mapping[str, Figure], samples: int | None) -> float | None:
+def distill_efficiency(
+    before: Mapping[str, Figure], after: Mapping[str, Figure], samples: int | None
+) -> Efficiency | None:
     """See the module. None where a figure is missing, or search gained nothing over one sample."""
-    size = searched_size(before, samples)
-    one, then, searched = before.get("test/pass_at_1"), after.get("test/pass_at_1"), None
-    if size is not None:
-        searched = before.get(f"test/search_at_{size}")
+    sizes = [k for k in measured_sizes(before, "search") if samples is None or k <= samples]
+    one, then = before.get("test/pass_at_1"), after.get("test/pass_at_1")
+    searched = before[f"test/search_at_{sizes[-1]}"] if sizes else None
     if one is None or then is None or searched is None or searched.value <= one.value:
         return None
-    return (then.value - one.value) / (searched.value - one.value)
-
-
-def searched_size(metrics: Mapping[str, Figure], samples: int | None) -> int | None:
-    """The largest k with a measured test/search_at_{k} that is at most `samples`."""
-    sizes = measured_sizes(metrics, "search")
-    return max((k for k in sizes if samples is None or k <= samples), default=None)
+    ratio = (then.value - one.value) / (searched.value - one.value)
+    return Efficiency(ratio, None, None, sizes[-1], searched.value)
 
 
 def measured_sizes(metrics: Mapping[str, Figure], figure: str) -> list[int]:
@@ -381,20 +391,21 @@ def shard_files(folder: Path, name: str) -> list[Path]:
     return [merged] if merged.exists() else sorted((folder / "evaluate" / name).glob("shard-*.jsonl"))
 
 
-def _stored_gains(report: Path) -> tuple[dict[str, PairedDifference], Figure | None]:
+def _stored_gains(report: Path) -> tuple[dict[str, PairedDifference], Efficiency | None]:
     """What the round's report wrote."""
     rows = read_metrics(report)
     gains: dict[str, PairedDifference] = {}
     for name, figure in rows.items():
-        bounds = [rows.get(f"{name}_{part}") for part in ("low", "high", "n")]
-        if name.startswith("gain/") and figure.se is not None and all(bounds):
-            low, high, n = (bound.value for bound in bounds if bound)
-            short = name.removeprefix("gain/")
-            gains[short] = PairedDifference(figure.value, figure.se, low, high, int(n))
-    efficiency, low, high = (rows.get(f"distill/efficiency{end}") for end in ("", "_low", "_high"))
-    if efficiency and low and high:
-        efficiency = Figure(efficiency.value, (high.value - low.value) / (2 * Z95))
-    return gains, efficiency
+        bounds = [rows[end].value for part in ("low", "high", "n") if (end := f"{name}_{part}") in rows]
+        if name.startswith("gain/") and figure.se is not None and len(bounds) == 3:
+            low, high, n = bounds
+            gains[name.removeprefix("gain/")] = PairedDifference(figure.value, figure.se, low, high, int(n))
+    found = [rows.get(f"distill/efficiency{end}") for end in ("", "_low", "_high", "_samples", "_searched")]
+    values = [figure.value for figure in found if figure is not None]
+    if len(values) < len(found):
+        return gains, None
+    value, low, high, samples, searched = values
+    return gains, Efficiency(value, low, high, int(samples), searched)
 
 
 # ---------------------------------------------------------------- files

@@ -138,16 +138,15 @@ def _plain(line: str) -> str:
 
 
 def round_metrics(loop_dir: Path, number: int, kind: str = "round") -> dict[str, float | tuple[float, float]]:
-    """Rows of report/metrics.jsonl; a tuple is (value, standard error). Reads the pools: seconds, not milliseconds.
+    """Rows of metrics.jsonl; a tuple is (value, standard error). Reads the pools: seconds, not milliseconds.
 
-    gain/{figure}, _low, _high, _n (challenger minus champion before, paired, 95 %), distill/efficiency (_low, _high
-    by bootstrap over problems), spend/... of the round. Nothing here depends on time: wall seconds stay out.
+    gain/{figure}, _low, _high, _n (challenger minus champion before, paired, 95 %), distill/efficiency (_low, _high by
+    bootstrap over problems; _samples, _searched), spend/... of the round. No wall times: they would differ in a repeat.
     """
     round_ = load_history(loop_dir).find(number, kind)
-    rows: dict[str, float | tuple[float, float]] = {}
-    total = round_.total.spend
     names = {"flops_ideal": "flops"}
-    rows |= {f"spend/{names.get(name, name)}": float(value) for name, value in total.to_json().items()}
+    total = round_.total.spend.to_json()
+    rows: dict[str, float | tuple[float, float]] = {f"spend/{names.get(n, n)}": float(v) for n, v in total.items()}
     if round_.before is None:
         return rows
     gains = greedy_gain(round_.before.folder, round_.folder)
@@ -159,7 +158,7 @@ def round_metrics(loop_dir: Path, number: int, kind: str = "round") -> dict[str,
             sizes = [k for k in ks if k > 1 or name == "pass"]  # a vote of one is pass@1
             found = {f"{name}_at_{k}": paired(a.by_key(rule, k), b.by_key(rule, k)) for k in sizes}
             gains |= {figure: gain for figure, gain in found.items() if gain}
-        rows |= _efficiency_rows(a.by_key("pass", 1), b.by_key("pass", 1), a, round_) if 1 in ks else {}
+        rows |= _efficiency_rows(a.counts, b.counts, round_)
     for figure, gain in gains.items():
         rows[f"gain/{figure}"] = (gain.mean, gain.se)
         rows |= {f"gain/{figure}_low": gain.low, f"gain/{figure}_high": gain.high, f"gain/{figure}_n": float(gain.n)}
@@ -167,27 +166,25 @@ def round_metrics(loop_dir: Path, number: int, kind: str = "round") -> dict[str,
 
 
 def _efficiency_rows(
-    one: Mapping[str, float], then: Mapping[str, float], pool: evaluate.PoolFigures, round_: Round
-) -> dict[str, float | tuple[float, float]]:
-    size = max((k for k in pool.ks if round_.samples is None or k <= round_.samples), default=1)
-    searched = pool.by_key("pass", size)
-    keys = [key for key in one if key in then]
-    a, b, s = (np.array([values[key] for key in keys]) for values in (one, then, searched))
-    if not keys or s.mean() <= a.mean():
+    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], round_: Round
+) -> dict[str, float]:
+    """From (right, samples) by problem. Empty where search gained nothing over one sample."""
+    keys = [key for key in before if key in after]
+    size = min([round_.samples or math.inf, *(n for _, n in before.values())])
+    one_P = np.array([before[key][0] / before[key][1] for key in keys])
+    then_P = np.array([after[key][0] / after[key][1] for key in keys])
+    searched_P = np.array([stats.pass_at_k(before[key][1], before[key][0], int(size)) for key in keys])
+    if not keys or searched_P.mean() <= one_P.mean():
         return {}
 
     def ratio(indices: Any) -> float:
-        room = float(s[indices].mean() - a[indices].mean())
-        return float(b[indices].mean() - a[indices].mean()) / room if room > 0 else math.nan
+        room = float(searched_P[indices].mean() - one_P[indices].mean())
+        return float(then_P[indices].mean() - one_P[indices].mean()) / room if room > 0 else math.nan
 
     low, high = stats.bootstrap(len(keys), ratio, seed=f"efficiency/{round_.folder.name}", confidence=0.95)
-    rows: dict[str, float | tuple[float, float]] = {
-        "distill/efficiency": ratio(np.arange(len(keys))),
-        "distill/efficiency_low": low,
-        "distill/efficiency_high": high,
-        "distill/efficiency_n": float(size),
-    }
-    return {name: value for name, value in rows.items() if not (isinstance(value, float) and math.isnan(value))}
+    rows = {"": ratio(np.arange(len(keys))), "_low": low, "_high": high, "_samples": float(size)}
+    rows |= {"_searched": float(searched_P.mean())}
+    return {f"distill/efficiency{end}": value for end, value in rows.items() if math.isfinite(value)}
 
 
 def _write_metrics(metrics: Mapping[str, float | tuple[float, float]], out: Path) -> None:

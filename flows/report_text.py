@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.findings import Findings, clean
-from flows.history import Cost, Figure, History, ModelRef, Round, measured_sizes, searched_size
+from flows.history import Cost, Figure, History, ModelRef, Round, measured_sizes
 from flows.show import count, seconds
 from search.stats import PairedDifference
 
@@ -87,14 +87,11 @@ def explanation(round_: Round) -> list[str]:
     primary = round_.gate.get("primary")
     if not isinstance(primary, Mapping):
         return [clean(round_.reason)] if round_.reason else []
-    measure = {"greedy": "answers greedily", "pass_at_1": "samples"}.get(
-        str(primary["measure"]), str(primary["measure"])
-    )
     lines = [
-        f"On {primary['n']:,} gate problems that neither model was trained on, the challenger {measure} "
-        f"{percent(primary['challenger'])} right, the champion {percent(primary['champion'])}: "
-        f"{100 * primary['effect']:+.1f} points, 95 % interval {100 * primary['low']:+.1f} to "
-        f"{100 * primary['high']:+.1f}."
+        f"On {primary['n']:,} gate problems that neither model was trained on, the challenger reached "
+        f"{percent(primary['challenger'])} {clean(str(primary['measure']))}, the champion "
+        f"{percent(primary['champion'])}: {100 * primary['effect']:+.1f} points, 95 % interval "
+        f"{100 * primary['low']:+.1f} to {100 * primary['high']:+.1f}."
     ]
     p, alpha = float(primary["p"]), float(primary["alpha"])
     chance = "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
@@ -158,10 +155,9 @@ def rounds_table(history: History) -> Table:
     rows: list[Row] = []
     for r in history.rounds:
         figures = [share(r.metrics.get(f"test/{name}")) for name in shown]
-        cost = (count(r.total.tokens), seconds(r.total.wall_s))
-        cells = (row_name(r), r.verdict, *figures, points(r.gains.get("accuracy_greedy")), *cost)
+        cells = (row_name(r), r.verdict, *figures, points(r.gains.get("accuracy_greedy")))
         rows.append(Row(cells, strong=r.verdict in ("base", "promoted")))
-    return Table(("round", "verdict", *shown.values(), "greedy gain", "tokens", "time"), tuple(rows))
+    return Table(("round", "verdict", *shown.values(), "greedy gain (95 %)"), tuple(rows))
 
 
 def row_name(round_: Round) -> str:
@@ -172,15 +168,16 @@ def row_name(round_: Round) -> str:
 def comparison_lines(history: History, round_: Round) -> list[str]:
     """What distilling kept, what happened to coverage, and what the controls reached."""
     lines: list[str] = []
-    size = searched_size(round_.before_metrics, round_.samples)
-    if round_.efficiency is not None and size is not None:
-        ratio = round_.efficiency
-        error = f" (95 % interval {100 * ratio.low:.0f} to {100 * ratio.high:.0f})" if ratio.se else ""
+    kept = round_.efficiency
+    if kept is not None:
+        error = ""
+        if kept.low is not None and kept.high is not None:
+            error = f" (95 % interval {100 * kept.low:.0f} to {100 * kept.high:.0f})"
         lines.append(
-            f"Distilling kept {100 * ratio.value:.0f} %{error} of what search gained over one sample: before the "
-            f"round, {percent(_value(round_.before_metrics, 'test/pass_at_1'))} of single samples were right and "
-            f"{percent(_value(round_.before_metrics, f'test/search_at_{size}'))} of the problems had a right one among "
-            f"{size}; now {percent(_value(round_.metrics, 'test/pass_at_1'))} of single samples are."
+            f"Distilling kept {100 * kept.value:.0f} %{error} of what search gained over one sample: before the round, "
+            f"{percent(_value(round_.before_metrics, 'test/pass_at_1'))} of single samples were right and "
+            f"{percent(kept.searched)} of the problems had a right one among {kept.samples}; now "
+            f"{percent(_value(round_.metrics, 'test/pass_at_1'))} of single samples are right."
         )
     largest = max(measured_sizes(round_.metrics, "pass"), default=1)
     coverage = round_.gains.get(f"pass_at_{largest}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows import findings, history
-from flows.history import Figure, load_history
+from flows.history import Efficiency, Figure, load_history
 from flows.report import round_metrics
 from flows.state import Loop
 from search import evaluate
@@ -80,16 +80,26 @@ def test_pairing_uses_keys_not_the_order_of_lines(own_loop):
     assert load_history(own_loop).find(2).gains == expected
 
 
-def test_efficiency_is_the_share_of_what_search_gained(loop_dir):
+def test_efficiency_is_the_share_of_what_search_gained():
     before = {"test/pass_at_1": Figure(0.2), "test/search_at_8": Figure(0.5), "test/search_at_64": Figure(0.9)}
     after = {"test/pass_at_1": Figure(0.35)}
-    assert history.distill_efficiency(before, after, 16) == pytest.approx(0.5)
-    assert history.distill_efficiency(before, after, 64) == pytest.approx(0.15 / 0.7)
+    assert history.distill_efficiency(before, after, 16) == Efficiency(pytest.approx(0.5), None, None, 8, 0.5)
+    assert history.distill_efficiency(before, after, 64) == Efficiency(pytest.approx(0.15 / 0.7), None, None, 64, 0.9)
     assert history.distill_efficiency({**before, "test/search_at_8": Figure(0.2)}, after, 16) is None
     assert history.distill_efficiency({}, after, 16) is None
-    r = load_history(loop_dir).find(1)
-    assert r.efficiency is not None
-    assert 0 < r.efficiency.value < 1
+
+
+def test_the_report_measures_efficiency_at_the_searchs_own_samples(own_loop):
+    """12 is no measured k: it comes from the stored pools."""
+    path = own_loop / "round-001/config.json"
+    path.write_text(path.read_text().replace('"samples": 16', '"samples": 12'))
+    rows = round_metrics(own_loop, 1)
+    pool = evaluate.read_pool(own_loop / "round-000/evaluate/pool-test.jsonl", [1, 12], ["pass"])
+    one, searched = pool.estimate("pass", 1).value, pool.estimate("pass", 12).value
+    then = load_history(own_loop).find(1).metrics["test/pass_at_1"].value
+    assert rows["distill/efficiency_samples"] == 12
+    assert rows["distill/efficiency_searched"] == pytest.approx(searched)
+    assert rows["distill/efficiency"] == pytest.approx((then - one) / (searched - one))
 
 
 def test_round_metrics_agree_with_the_stages_and_hold_no_time(loop_dir):

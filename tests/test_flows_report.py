@@ -103,6 +103,7 @@ def test_every_picture_is_described(page):
 def test_the_page_says_what_happened_and_what_it_cost(loop_dir, page):
     r = load_history(loop_dir).find(4)
     assert "Round 4 was promoted: its model is the new champion." in page.text
+    assert "the challenger reached 27.0 % greedy accuracy, the champion 21.0 %" in page.text
     assert "420 problems were won and 180 lost: beyond chance (p < 0.0001" in page.text
     for name in ("accuracy_greedy", "pass_at_1", "maj_at_16", "pass_at_16"):
         assert report_text.points(r.gains[name]) in page.text
