@@ -57,7 +57,7 @@ def evaluate_model(
     engine = load_engine(config, policy, task)
     sampling = config.sampling
     seed = (config.loop.seed, "evaluate", f"pool-{split}")
-    sampler = Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed)
+    sampler = Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed, task.end_text)
     rows: list[evaluate.Row] = []
     with tempfile.TemporaryDirectory(prefix="ratchet-eval-") as folder, _bar(len(problems)) as progress:
         ungraded = 0

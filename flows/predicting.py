@@ -87,7 +87,7 @@ def _draw_labels(context: Context, inputs: Inputs, out: Path) -> tuple[Any, Spen
         def progress(part: int, _: int, *, done: int = done, **info: Any) -> None:
             context.progress(done + part, total, **info)
 
-        draw = sampler(context, engine, f"difficulty/{context.round}", name)
+        draw = sampler(context, engine, f"difficulty/{context.round}", name, task.end_text)
         spend += run_shards(problems, plan, task, draw, out / f"pool-{name}", shard_problems=1000, progress=progress)
         done += len(problems)
     for name in SETS:

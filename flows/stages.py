@@ -15,9 +15,9 @@ from search.engines import load_engine
 from search.engines.reference import policy_path
 from search.policy import Sampler
 from search.run import Plan, Progress, merge_shards, read_results, run_shards
-from search.sets import draw_sets, read_outcomes, read_problems, write_sets
+from search.sets import draw_sets, read_outcomes, read_problems, write_problems, write_sets
 from search.strategies.best_of_n import best_of_n, greedy
-from search.tasks import load_task
+from search.tasks import load_problems, load_task
 from search.types import Budget, Engine, Grade, Problem, Spend, Task
 
 Inputs = Mapping[str, Path]
@@ -61,10 +61,12 @@ def problems(context: Context, inputs: Inputs, out: Path) -> None:
     frozen = inputs.get("problems@000")
     sets = draw_sets(task, context.config, context.round, frozen, outcomes, overlapping)
     counts = write_sets(task, sets, frozen, out)
-    rejected = getattr(task, "rejected", [])
+    for guard in context.config.gate.guards:
+        write_problems(load_problems(task, guard.path), out / f"guard-{guard.name}.jsonl")
+    rejected = getattr(task, "rejected", ())
     with (out / "rejected.jsonl").open("w", encoding="utf-8") as file:
         for row in rejected:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
     metrics = {f"data/{name}_problems": float(count) for name, count in counts.items()}
     metrics["data/recycled_problems"] = float(sum(p.key in outcomes for p in sets["search"]))
     metrics["data/rejected_problems"] = float(len(rejected))
@@ -120,7 +122,7 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         training,
         plan,
         task,
-        sampler(context, engine, f"search/{context.round}", "train"),
+        sampler(context, engine, f"search/{context.round}", "train", task.end_text),
         out,
         shard_problems=config.search.shard_problems,
         progress=context.progress,
@@ -145,9 +147,10 @@ def open_policy(context: Context, inputs: Inputs) -> tuple[Task, Engine]:
     return task, load_engine(context.config, policy_path(inputs["policy"]), task)
 
 
-def sampler(context: Context, engine: Engine, stage: str, split: str) -> Sampler:
+def sampler(context: Context, engine: Engine, stage: str, split: str, end_text: str | None = None) -> Sampler:
     sampling = context.config.sampling
-    return Sampler(engine, sampling.temperature, sampling.max_new_tokens, (context.config.loop.seed, stage, split))
+    seed = (context.config.loop.seed, stage, split)
+    return Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed, end_text)
 
 
 def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) -> None:
@@ -172,7 +175,7 @@ def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) 
         plan = Plan("greedy", greedy, Budget("samples", 1), answers.first)
         if name.startswith("pool"):
             plan = Plan(f"pool({samples})", best_of_n, Budget("samples", samples), answers.majority)
-        draws = sampler(context, engine, "evaluate", name)
+        draws = sampler(context, engine, "evaluate", name, task.end_text)
         spend += run_shards(problems, plan, task, draws, out / name, shard_problems=1000, progress=progress)
         done += len(problems) * samples
     engine.close()

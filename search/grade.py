@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -70,6 +70,28 @@ def grade_file(
     return GradeSummary(task, *counts, flagged=sum(sum(m) for m in marks))
 
 
+def grader_of(
+    name: str, *, answer_type: AnswerType = "math"
+) -> Callable[[Sequence[tuple[Problem, str]]], list[Graded]]:
+    """What grades the responses of a task by name, without a configuration: for pools made elsewhere.
+
+    Raises DataError for a name that is no task.
+    """
+    if name not in TASKS:
+        raise DataError(f"no task '{name}' to grade: choose one of {', '.join(TASKS)}")
+    kind: AnswerType = {"gsm8k": "number", "math": "math"}.get(name, answer_type)  # type: ignore[assignment]
+
+    def grade(pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
+        if name in ("countdown", "arithmetic"):
+            task = _widest(name)
+            return task.grade([(task.parse(problem.question), text) for problem, text in pairs])
+        golds = [(None if p.answer is None else gold_answer(p.answer, kind), text) for p, text in pairs]
+        with GraderPool(workers=min(4, os.cpu_count() or 1)) as pool:
+            return pool.grade(golds, kind, [p.question for p, _ in pairs])
+
+    return grade
+
+
 def _read(path: Path, *, generated: bool, answer_type: AnswerType) -> list[_Row]:
     rejected: list[Rejected] = []
     rows: list[_Row] = []
@@ -117,18 +139,7 @@ def _grade(rows: Sequence[_Row], answer_type: AnswerType) -> list[Graded]:
 
 
 def _grade_generated(name: str, rows: Sequence[_Row], source: str) -> list[Graded]:
-    """The widest ranges a task allows: a file may come from any configuration."""
-    from configs.schema import ArithmeticTask, CountdownTask, Splits
-
-    if name == "countdown":
-        from search.tasks.countdown import Countdown
-
-        config = CountdownTask(type="countdown", min_numbers=2, max_numbers=6, max_value=50)
-        task: Any = Countdown(config, Splits(), 0)
-    else:
-        from search.tasks.arithmetic import Arithmetic
-
-        task = Arithmetic(ArithmeticTask(type="arithmetic", max_operations=16, max_operand=96), Splits(), 0)
+    task = _widest(name)
     pairs: list[tuple[Problem, str]] = []
     for row in rows:
         try:
@@ -141,6 +152,19 @@ def _grade_generated(name: str, rows: Sequence[_Row], source: str) -> list[Grade
             )
         pairs += [(problem, text) for text in row.responses]
     return task.grade(pairs)
+
+
+def _widest(name: str) -> Any:
+    """A generated task with the widest ranges it allows: a file may come from any configuration."""
+    from configs.schema import ArithmeticTask, CountdownTask, Splits
+
+    if name == "countdown":
+        from search.tasks.countdown import Countdown
+
+        return Countdown(CountdownTask(type="countdown", min_numbers=2, max_numbers=6, max_value=50), Splits(), 0)
+    from search.tasks.arithmetic import Arithmetic
+
+    return Arithmetic(ArithmeticTask(type="arithmetic", max_operations=16, max_operand=96), Splits(), 0)
 
 
 def _per_row(rows: Sequence[_Row], graded: Sequence[Graded]) -> list[list[Graded]]:

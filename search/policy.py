@@ -8,11 +8,12 @@ other problems into full batches.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from search.errors import BudgetExceeded
 from search.randomness import key64
-from search.types import Budget, Candidate, Continuation, Engine, Problem, Request, Spend
+from search.types import Budget, Candidate, Continuation, Engine, Finish, Problem, Request, Spend
 
 
 class Ask:
@@ -35,6 +36,7 @@ class Sampler:
     temperature: float
     max_new_tokens: int
     seed: tuple[object, ...]  # (loop seed, stage, split): first parts of every random key
+    end_text: str | None = None  # what ends an answer besides EOS: a base model starts the next few-shot question
 
 
 class Policy:
@@ -62,15 +64,17 @@ class Policy:
                 max_new_tokens=max_new_tokens,
                 temperature=self._sampler.temperature if temperature is None else temperature,
                 key=key64(*self._sampler.seed, self.problem.key, stream, first + i),
+                stop=self._sampler.end_text,
             )
             for i in range(num)
         ]
         continuations = await Ask(requests)
         self._charge(continuations, num_samples=num)
-        decode = self._sampler.engine.tokenizer.decode
+        tokenizer = self._sampler.engine.tokenizer
+        ended = [end_at(c, self._sampler.end_text, tokenizer) for c in continuations]
         return [
-            Candidate(c.ids, decode(c.ids, skip_special_tokens=True), c.finish, logprob=c.logprob)
-            for c in continuations
+            Candidate(c.ids, tokenizer.decode(c.ids, skip_special_tokens=True), c.finish, logprob=c.logprob)
+            for c in ended
         ]
 
     def _affordable(self, num: int) -> int:
@@ -105,3 +109,13 @@ class Policy:
             flops_ideal=float(flops_per_token * distinct),
             flops_actual=float(flops_per_token * (generated + prefilled)),
         )
+
+
+def end_at(continuation: Continuation, end_text: str | None, tokenizer: Any) -> Continuation:
+    """An answer that ran into `end_text` ends with EOS at the last token before it, as if the policy had ended it."""
+    if end_text is None or continuation.finish is not Finish.STOP:
+        return continuation
+    ids = continuation.ids
+    length = tokenizer.decode(ids, skip_special_tokens=True).find(end_text)
+    num = next(n for n in range(len(ids), -1, -1) if len(tokenizer.decode(ids[:n], skip_special_tokens=True)) <= length)
+    return replace(continuation, ids=(*ids[:num], tokenizer.eos_token_id), finish=Finish.EOS)

@@ -273,6 +273,7 @@ class Task(Protocol):
     name: str
     step_delimiter: str
     generated: bool  # problems are drawn from a generator: fresh gate sets, no file
+    end_text: str | None  # what ends an answer besides EOS; None for all but few-shot prompts
 
     def draw(self, split: Split, num: int, *, stream: str, exclude: frozenset[str] = ...) -> list[Problem]:
         """Generated tasks: `num` distinct problems of the split, a pure function of `stream` (and `exclude`)."""

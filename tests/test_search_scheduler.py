@@ -165,3 +165,14 @@ def test_keys_are_joined_unambiguously():
     assert key64("a", "b") != key64("ab")
     assert key64(1, 2) == key64("1", "2")
     assert 0 <= key64("x") < 2**64
+
+
+def test_an_answer_that_runs_into_the_next_question_ends_before_it():
+    engine = RecordingEngine(lambda *_: "4\n\nQuestion: what else?")
+    problem = Problem("a", "a", "4")
+    sampler = Sampler(engine, 1.0, 50, (0,), end_text="\n\nQuestion:")
+    policy = Policy(problem, engine.tokenizer.encode("a"), sampler, EIGHT)
+    ((candidate,),) = run_together([policy.sample(1)], engine)
+    assert candidate.finish is Finish.EOS
+    assert candidate.ids == (*b"4", engine.tokenizer.eos_token_id)
+    assert policy.spend.generated_tokens == len("4\n\nQuestion:")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from configs.schema import Config
-from search.types import Task
+from search.errors import DataError
+from search.types import Problem, Task
 
 
 def load_task(config: Config) -> Task:
@@ -29,3 +33,21 @@ def load_task(config: Config) -> Task:
     from search.tasks.jsonl import Jsonl
 
     return Jsonl(task, splits, seed)
+
+
+def load_problems(task: Task, path: str) -> list[Problem]:
+    """The problems of another file for the same grader: guard sets. Generated tasks read rows {"question"}.
+
+    Raises DataError.
+    """
+    load_extra: Callable[[str], list[Problem]] | None = getattr(task, "load_extra", None)
+    if load_extra is not None:
+        return load_extra(path)
+    from search.tasks.files import Rejected, read_jsonl
+
+    parse: Callable[[str], Problem] = getattr(task, "parse")  # noqa: B009 - every generated task has it
+    rejected: list[Rejected] = []
+    problems = [parse(str(row.data.get("question", ""))) for row in read_jsonl(Path(path), rejected)]
+    if rejected:
+        raise DataError(f"{path} line {rejected[0].line}: {rejected[0].reason}")
+    return problems

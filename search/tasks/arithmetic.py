@@ -37,6 +37,7 @@ class Arithmetic:
     name = "arithmetic"
     step_delimiter = "\n"
     generated = True
+    end_text: str | None = None
 
     def __init__(self, config: ArithmeticTask, splits: Splits, seed: int) -> None:
         if config.min_operations > config.max_operations:

@@ -42,6 +42,7 @@ class Countdown:
     name = "countdown"
     step_delimiter = "\n"
     generated = True
+    end_text: str | None = None
 
     def __init__(self, config: CountdownTask, splits: Splits, seed: int) -> None:
         self.config = config

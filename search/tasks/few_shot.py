@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+NEXT_QUESTION = "\n\nQuestion:"  # a base model that goes on writing the prompt has ended its answer
+
 
 class Example(NamedTuple):
     """A question, the steps of its solution, and the answer as it stands in the box."""

@@ -20,7 +20,7 @@ from search.grading import GraderPool
 from search.randomness import key64
 from search.tasks import files
 from search.tasks.compare import bad_gold, gold_answer, judge
-from search.tasks.few_shot import Example, render
+from search.tasks.few_shot import NEXT_QUESTION, Example, render
 from search.tasks.math_answers import AnswerType
 from search.tasks.splits import split_of
 from search.types import Grade, Graded, Problem, Split
@@ -41,6 +41,7 @@ class FileTask:
     """Problems from a file or a hub data set. `rejected` lists the rows set aside; `num_duplicates` those repeated."""
 
     generated = False
+    end_text: str | None = None
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class FileTask:
         self.answer_type: AnswerType = answer_type
         self.config, self.splits, self.seed = config, splits, seed
         self._examples = tuple(examples)
+        self.end_text = NEXT_QUESTION if config.prompt == "few_shot" else None
         self._pool = GraderPool(config.grader_seconds, config.grader_memory_mib, config.grader_workers)
         main = self._load(config.path, config.hub_split)
         test = self._load(config.test_path, config.hub_test_split) if config.test_path else files.Loaded(())
