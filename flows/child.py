@@ -1,240 +1,40 @@
 """Run a stage as a child process that never outlives its parent, and hear of its progress, metrics and errors.
 
-    parent (flows)  --life pipe-->  guard  --fork-->  stage  -->  whatever the stage starts
-                    <--events-----------------------------'
+    parent (here)  --life pipe-->  guard  --fork-->  stage  -->  whatever the stage starts
+                   <--events-----------------------------'
 
-`python -m flows.child` forks at once. The first process stays the guard: it runs no stage code, so it answers even
-when the stage holds the GIL in C code. It leads a process group of its own, adopts orphans (sub-reaper) and ends every
-descendant when the parent dies (end of file on the life pipe, or another parent process id), when the stage ends, or on
-SIGTERM after a grace. The stage itself dies with the guard (parent-death signal). What is written to stdout and stderr
-goes to the log; events are JSON lines on a pipe of their own. An error crosses as class name and message.
-
-Left out: stages on another machine, restarts (the caller decides).
+stdout and stderr go to the log; events are JSON lines on a pipe of their own. An error crosses as class name and
+message. `flows.guard` is the other side. Left out: stages on another machine, restarts (the caller decides).
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
-import errno
-import functools
 import json
 import os
-import runpy
-import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from flows.guard import emit, readable
 from search import errors
-from search.errors import RatchetError, StageFailed, UserError
+from search.errors import RatchetError, StageFailed
 
-EVENT_FD = "RATCHET_EVENT_FD"
+if TYPE_CHECKING:
+    from flows.zygote import ForkedProcess, Zygote
+
 GRACE_S = 10.0
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MAX_LINE = 1 << 20
 
+__all__ = ["ChildResult", "emit", "run_child", "signals_end_children", "stop_children"]
+
 Event = dict[str, Any]
-
-
-# ---------------------------------------------------------------- in the stage's process
-
-
-def emit(event: Mapping[str, Any]) -> None:
-    """Send one event to the parent; nothing happens in a process that `run_child` did not start.
-
-    {"event": "progress", "done": 3, "total": 8, "info": {...}}, {"event": "metric", "name": ..., "value": ...}.
-    """
-    pid, _, descriptor = os.environ.get(EVENT_FD, "").partition(":")
-    if pid != str(os.getpid()):
-        return  # also in what the stage starts: there the number may be another file's
-    line = json.dumps(event, default=str).encode() + b"\n"
-    with _emitting, contextlib.suppress(BrokenPipeError):  # the parent died: the guard is about to end us
-        while line:
-            line = line[os.write(int(descriptor), line) :]
-
-
-_emitting = threading.Lock()
-
-
-def die_with_parent(expected_ppid: int) -> None:
-    """From now on the kernel kills this process when its parent ends; at once if that has happened (Linux)."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != expected_ppid:
-        os._exit(137)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
-
-
-def run_reporting(body: Callable[[], object]) -> int:
-    """Run a stage; report what it raises as an event, with the traceback in the log. The exit code."""
-    try:
-        body()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        return 130
-    except BaseException as error:  # noqa: BLE001 - the process boundary: everything becomes an exit code here
-        traceback.print_exc()
-        shown = _translate(error)
-        event = {"event": "error", "type": type(shown).__name__, "message": str(shown)}
-        code = shown.exit_code if isinstance(shown, RatchetError) else 1
-        emit(event | {"user": isinstance(shown, UserError), "exit_code": code})
-        return code
-    return 0
-
-
-def _translate(error: BaseException) -> BaseException:
-    """A full disk and a bad configuration come in many classes; the parent knows ours."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not isinstance(error, RatchetError) and (full or "No space left on device" in str(error)):
-        return errors.DiskError(f"{error}; make room and run the same command again, nothing committed is lost")
-    if type(error).__name__ == "InvalidConfig":
-        return errors.ConfigError(str(error))
-    return error
-
-
-# ---------------------------------------------------------------- the guard
-
-
-class _Guard:
-    """Waits for the stage, and ends everything below itself when it is time to."""
-
-    def __init__(self, parent: int, life_fd: int, grace_s: float) -> None:
-        self.parent, self.life_fd, self.grace_s = parent, life_fd, grace_s
-        self.terminated = False
-        self.stage = 0
-        self.status: int | None = None
-        self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def prepare(self) -> None:
-        """Before the fork, so that no signal is lost."""
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.terminated = self.terminated or number != signal.SIGCHLD
-
-    def watch(self, stage: int) -> NoReturn:
-        self.stage = stage
-        deadline = None
-        while self.status is None:
-            if self._orphaned():
-                self._end_all(0)
-            if self.terminated and deadline is None:
-                deadline = time.monotonic() + self.grace_s
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(stage, signal.SIGTERM)
-            if deadline is not None and time.monotonic() > deadline:
-                self._end_all(0)
-            self._wait(0.25)
-            self._reap()
-        self._end_all(1.0)
-        code = os.waitstatus_to_exitcode(self.status)
-        os._exit(code if code >= 0 else 128 - code)
-
-    def _orphaned(self) -> bool:
-        return _readable([self.life_fd], 0) or os.getppid() != self.parent
-
-    def _wait(self, seconds: float) -> None:
-        _readable([self.life_fd, self.wake_r], seconds)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_r, 4096)
-
-    def _reap(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                if found[0] == self.stage:
-                    self.status = found[1]
-
-    def _end_all(self, grace_s: float) -> None:
-        """Kill every descendant until none is left: some may be starting others meanwhile."""
-        deadline = time.monotonic() + grace_s
-        while below := descendants(os.getpid()):
-            if time.monotonic() >= deadline or self._orphaned():
-                for pid in below:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-            self._reap()
-
-
-def descendants(pid: int) -> list[int]:
-    """Every living process below `pid` (Linux); elsewhere the other members of its group cannot be listed: empty."""
-    children: dict[int, list[int]] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError):
-                    state, parent = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[:2]
-                    if state != "Z":
-                        children.setdefault(int(parent), []).append(int(name))
-    found: list[int] = []
-    frontier = [pid]
-    while frontier:
-        frontier = [child for one in frontier for child in children.get(one, [])]
-        found += frontier
-    return found
-
-
-def _readable(descriptors: Sequence[int], seconds: float) -> bool:
-    """Is there something to read, or an end of file? Waits at most `seconds`."""
-    poll = select.poll()
-    for descriptor in descriptors:
-        poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
-
-
-def guarded(parent: int, life_fd: int, event_fd: int, grace_s: float, body: Callable[[], object]) -> NoReturn:
-    """Fork: this process becomes the guard, its child runs `body` and ends. One thread only may be running."""
-    guard = _Guard(parent, life_fd, grace_s)
-    guard.prepare()
-    me = os.getpid()
-    stage = os.fork()
-    if stage:
-        os.close(event_fd)
-        guard.watch(stage)
-    code = 1
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for descriptor in (guard.wake_r, guard.wake_w, life_fd):
-            os.close(descriptor)
-        die_with_parent(me)
-        os.environ[EVENT_FD] = f"{os.getpid()}:{event_fd}"
-        code = run_reporting(body)
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-    finally:
-        os._exit(code)  # waits for no thread that a library left behind, and no late crash changes the result
-
-
-def main(argv: Sequence[str]) -> NoReturn:
-    """python -m flows.child PARENT_PID LIFE_FD EVENT_FD GRACE_S MODULE [ARG ...]"""
-    parent, life_fd, event_fd, grace_s, module = int(argv[0]), int(argv[1]), int(argv[2]), float(argv[3]), argv[4]
-    for descriptor in (life_fd, event_fd):
-        os.set_inheritable(descriptor, False)
-    sys.argv = [module, *argv[5:]]
-    run = functools.partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
-    guarded(parent, life_fd, event_fd, grace_s, run)
 
 
 # ---------------------------------------------------------------- in the parent
@@ -251,7 +51,7 @@ class ChildResult:
 class _Child:
     """A guard that was started, seen from its parent."""
 
-    def __init__(self, process: subprocess.Popen[bytes], life_w: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | ForkedProcess, life_w: int) -> None:
         self.process, self.life_w = process, life_w
 
     def terminate(self) -> None:
@@ -285,27 +85,35 @@ def run_child(
     idle_timeout_s: float | None = None,
     grace_s: float = GRACE_S,
     on_event: Callable[[Event], None] | None = None,
+    zygote: Zygote | None = None,
+    pass_fds: Sequence[int] = (),
+    on_start: Callable[[], None] | None = None,
 ) -> ChildResult:
     """Run `python -m MODULE ARG...` (`module_args`) to its end; stdout and stderr are appended to `log_path`.
 
     `env` is added to this process's. `timeout_s` bounds the wall clock, `idle_timeout_s` the time without an event.
+    With a `zygote` the process is forked from it, its imports done, where that is possible and `python` is our own.
     Raises what the child raised where it is one of ours, else StageFailed naming `what`, the cause and the log. An
     exception here (a signal handler's, `on_event`'s) ends the child first: SIGTERM, `grace_s`, SIGKILL.
     """
-    started = time.monotonic()
+    started_s = time.monotonic()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(reader, False)
     try:
-        child = _start(module_args, python or sys.executable, env or {}, log_path, writer, grace_s)
+        forks = zygote if python in (None, sys.executable) else None
+        command = _Command(module_args, python or sys.executable, _environment(env or {}), grace_s, tuple(pass_fds))
+        child = _start(command, log_path, writer, forks)
     except BaseException:
         os.close(reader)
         raise
     finally:
         os.close(writer)
     _live.add(child)
+    if on_start is not None:
+        on_start()
     events = _Events(reader, on_event)
     try:
-        reason = _supervise(child, events, started, timeout_s, idle_timeout_s)
+        reason = _supervise(child, events, started_s, timeout_s, idle_timeout_s)
         if reason is not None:
             _stop(child, grace_s)
         events.drain()
@@ -317,36 +125,51 @@ def run_child(
         _live.discard(child)
         os.close(reader)
     if reason is None and child.process.returncode == 0:
-        return ChildResult(time.monotonic() - started, events.count)
+        return ChildResult(time.monotonic() - started_s, events.count)
     raise _failure(what, child.process.returncode, events.error, reason, log_path)
 
 
-def _start(
-    module_args: Sequence[str], python: str, env: Mapping[str, str], log_path: Path, writer: int, grace_s: float
-) -> _Child:
+@dataclass(frozen=True, slots=True)
+class _Command:
+    module_args: Sequence[str]
+    python: str
+    environment: Mapping[str, str]
+    grace_s: float
+    pass_fds: tuple[int, ...]
+
+
+def _start(command: _Command, log_path: Path, writer: int, zygote: Zygote | None) -> _Child:
     life_r, life_w = os.pipe2(os.O_CLOEXEC)
-    numbers = map(str, (os.getpid(), life_r, writer, grace_s))
-    command = [python, "-P", "-m", "flows.child", *numbers, *module_args]  # -P: no package from the current folder
     try:
         with log_path.open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=_environment(env),
-                pass_fds=(life_r, writer),
-                start_new_session=True,
-            )
-    except FileNotFoundError as error:
-        os.close(life_w)
-        raise errors.ConfigError(f"stages.python = '{python}' does not exist") from error
+            process = None
+            if zygote is not None:
+                descriptors = (life_r, writer, log.fileno())
+                process = zygote.fork(command.module_args, command.environment, descriptors, command.grace_s)
+            if process is None:
+                process = _spawn(command, life_r, writer, log)
     except BaseException:
         os.close(life_w)
         raise
     finally:
         os.close(life_r)
     return _Child(process, life_w)
+
+
+def _spawn(command: _Command, life_r: int, writer: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    numbers = map(str, (os.getpid(), life_r, writer, command.grace_s))
+    try:
+        return subprocess.Popen(  # -P: no package from the current folder
+            [command.python, "-P", "-m", "flows.guard", *numbers, *command.module_args],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=command.environment,
+            pass_fds=(life_r, writer, *command.pass_fds),
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise errors.ConfigError(f"stages.python = '{command.python}' does not exist") from error
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -405,7 +228,7 @@ def _supervise(
     """Until the guard ends (None) or a limit is reached (which one)."""
     heard = time.monotonic()
     while child.process.poll() is None:
-        _readable([] if events.closed else [events.reader], 0.05)
+        readable([] if events.closed else [events.reader], 0.05)
         now = time.monotonic()
         if events.drain():
             heard = now
@@ -430,14 +253,14 @@ def stop_children() -> None:
         child.terminate()
 
 
-def _failure(what: str, code: int, error: Event | None, reason: str | None, log_path: Path) -> RatchetError:
+def _failure(what: str, code: int | None, error: Event | None, reason: str | None, log_path: Path) -> RatchetError:
     if reason is None and error is not None:
         kind = getattr(errors, str(error["type"]), None)
         message = str(error["message"])
         if isinstance(kind, type) and issubclass(kind, RatchetError):
             return kind(message)
         return StageFailed(f"{what} failed: {error['type']}: {message}; see {log_path}")
-    cause = reason or _explain(code)
+    cause = reason or _explain(code or 0)
     last = _last_line(log_path)
     return StageFailed(f"{what} {cause}; see {log_path}" + (f" (last line: {last})" if last else ""))
 
@@ -482,7 +305,3 @@ def signals_end_children() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, old[0])
         signal.signal(signal.SIGINT, old[1])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
