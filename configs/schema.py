@@ -42,8 +42,10 @@ class ArithmeticTask(Section):
     type: Literal["arithmetic"]
     min_operations: int = Field(default=2, ge=1, description="shorter chains are facts, not problems: never held out")
     max_operations: int = Field(default=10, ge=1, le=16)
-    max_operand: int = Field(default=20, ge=2, le=96)
-    modulus: int = Field(default=97, ge=11, le=97, description="a prime: slips then do not cancel")
+    max_operand: int = Field(default=12, ge=2, le=96)
+    modulus: int = Field(
+        default=31, ge=11, le=97, description="a prime, so that slips rarely cancel; the base learns small ones faster"
+    )
 
 
 class FileTask(Section):
@@ -306,9 +308,7 @@ class Gate(Section):
     @model_validator(mode="after")
     def _coverage(self) -> Gate:
         if self.coverage_k > self.coverage_samples:
-            raise ValueError(
-                f"coverage_k = {self.coverage_k} is more than coverage_samples = {self.coverage_samples}"
-            )
+            raise ValueError(f"coverage_k = {self.coverage_k} is more than coverage_samples = {self.coverage_samples}")
         return self
 
 

@@ -15,7 +15,7 @@ from search.types import Grade, Graded, Problem
 
 @pytest.fixture(scope="module")
 def task() -> Arithmetic:
-    return Arithmetic(ArithmeticTask(type="arithmetic"), Splits(), 0)
+    return Arithmetic(ArithmeticTask(type="arithmetic", max_operand=20, modulus=97), Splits(), 0)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_hostile_text_is_wrong_and_cheap(task: Arithmetic, problem: Problem) -> 
 @given(text=st.one_of(st.text(), st.text(alphabet="0123456789+-*=\n")))
 @settings(max_examples=300, deadline=None)
 def test_the_grader_is_total(text: str) -> None:
-    task = Arithmetic(ArithmeticTask(type="arithmetic"), Splits(), 0)
+    task = Arithmetic(ArithmeticTask(type="arithmetic", max_operand=20, modulus=97), Splits(), 0)
     problem = task.parse("5+13*7")
     assert graded(task, problem, text).grade in (Grade.WRONG, Grade.CORRECT)
     assert isinstance(task.solution_key(problem, text), str)

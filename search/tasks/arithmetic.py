@@ -1,7 +1,7 @@
 """Arithmetic chains: apply operations left to right, modulo a prime, one a line.
 
-    question  "5+13*2"                key  the same
-    response  "5+13=18\n18*2=36"      every result is taken modulo 97 and written as 0..96
+    question  "5+12*2"               key  the same
+    response  "5+12=17\n17*2=3"      every result is taken modulo 31 and written as 0..30
 
 The base model learns from a teacher that slips: it drops a carry, forgets a borrow, is one short in the tables of 7, 8
 and 9. Search finds the answers that are right all the same, so a round can outgrow the teacher. The modulus is prime,
@@ -59,10 +59,10 @@ class Arithmetic:
         raise DataError(f"arithmetic problems are generated: draw the {split} split instead of listing it")
 
     def parse(self, question: str) -> Problem:
-        """The problem of a question as a user types it: "5 + 13 * 2". Raises DataError."""
+        """The problem of a question as a user types it: "5 + 12 * 2". Raises DataError."""
         text = question.replace(" ", "").rstrip("=\n")
         if len(text) > 200 or not CHAIN.fullmatch(text):
-            raise DataError(f"'{text[:100]}' is no chain of operations: write it like '5+13*2'")
+            raise DataError(f"'{text[:100]}' is no chain of operations: write it like '5+12*2'")
         first, operations = _parse(text)
         if not self.config.min_operations <= len(operations) <= self.config.max_operations:
             raise DataError(
