@@ -76,6 +76,7 @@ def _create(client: MlflowClient, name: str, model: ModelRecord, run_id: str, ta
         run_id=run_id,
         tags={**tags, "ratchet.round": str(model.round)},
         description=f"Round {model.round}: {model.verdict}.",
+        await_creation_for=0,
     )
 
 

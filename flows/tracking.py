@@ -213,10 +213,11 @@ def _open_log(path: Path) -> Iterator[Any]:
 
 
 def _limits(timeout_s: float) -> dict[str, str]:
-    """MLflow's own defaults let one call wait four minutes, and it reports usage home."""
+    """MLflow's own defaults let one call wait four minutes, it reports usage home and prints links."""
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
     limits |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))), "GIT_PYTHON_REFRESH": "quiet"}
-    return limits | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    limits |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    return limits | {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
 def _child_environment(timeout_s: float) -> dict[str, str]:
@@ -261,8 +262,10 @@ def _check_server(uri: str, timeout_s: float) -> None:
     if authorization:
         request.add_header("Authorization", authorization)
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s, context=_tls(parts.scheme)) as answer:
-            json.loads(answer.read(10_000_000))
+        try:
+            _ask(request, timeout_s)
+        except TimeoutError:  # the first question to a server that has just started takes it seconds
+            _ask(request, 2 * timeout_s)
     except urllib.error.HTTPError as error:
         hint = " (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD?)" if error.code in (401, 403) else ""
         raise TrackingError(f"{_where(uri)} answers with HTTP {error.code}{hint}: {_WAY_OUT}") from None
@@ -270,7 +273,18 @@ def _check_server(uri: str, timeout_s: float) -> None:
         raise TrackingError(f"{_where(uri)} is something else than an MLflow server: {_WAY_OUT}") from None
     except OSError as error:
         why = getattr(error, "reason", None) or error
-        raise TrackingError(f"{_where(uri)} does not answer within {timeout_s:g} s ({why}): {_WAY_OUT}") from None
+        raise TrackingError(f"{_where(uri)} does not answer ({why}): {_WAY_OUT}") from None
+
+
+def _ask(request: urllib.request.Request, timeout_s: float) -> None:
+    """Raises TimeoutError, other OSErrors, and ValueError where the answer is not JSON."""
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s, context=_tls(request.type)) as answer:
+            json.loads(answer.read(10_000_000))
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            raise error.reason from None
+        raise
 
 
 def _authorization(parts: urllib.parse.SplitResult) -> str | None:
