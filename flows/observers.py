@@ -75,8 +75,16 @@ class Terminal(Silent):
 
     def __init__(self, display: Display) -> None:
         self._display = display
+        self._shown: set[tuple[str, str]] = set()  # what was said once is not said again when Prefect takes over
+
+    def _is_new(self, folder: RoundFolder, what: str) -> bool:
+        new = (folder.path.name, what) not in self._shown
+        self._shown.add((folder.path.name, what))
+        return new
 
     def round_started(self, folder: RoundFolder, config: Config, expected_s: float | None) -> None:
+        if not self._is_new(folder, ""):
+            return
         control = f" · {folder.kind}" if folder.kind != "round" else ""
         base = " · the base model" if folder.round == 0 else ""
         self._display.round_started(f"Ratchet · {config.loop.name} · round {folder.round}{control}{base}", expected_s)
@@ -88,6 +96,8 @@ class Terminal(Silent):
         self._display.progress(name, done, total, **info)
 
     def stage_finished(self, folder: RoundFolder, name: str, wall_s: float, resumed: bool) -> None:
+        if not self._is_new(folder, name):
+            return
         metrics = driver.read_metrics(folder.path / name)
         self._display.stage_finished(name, wall_s, _note(name, metrics), resumed=resumed)
 

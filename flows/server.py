@@ -96,6 +96,10 @@ class PrefectServer:
             if self.mode == "on":
                 raise TrackingError(f"a Prefect server could not be started in {self.home}: {error}") from error
 
+    def ready(self) -> bool:
+        """Would `wait_ready` return at once?"""
+        return self._server is None or _problem(self._server.url) is None
+
     def wait_ready(self, timeout_s: float = START_S) -> str | None:
         """The API's URL once it answers; None in mode "off", and in "auto" where it does not come up."""
         if self._server is None:

@@ -6,10 +6,11 @@ stop a round: what Prefect fails to run is run without it.
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from configs.schema import Config
 from flows import show, tracking
+from flows.artefacts import Manifest
 from flows.child import signals_end_children
 from flows.driver import Observer
 from flows.observers import Several, Silent, Terminal
@@ -48,6 +50,13 @@ class Mirror(Silent):
 
     def round_finished(self, folder: RoundFolder, record: RoundRecord) -> None:
         self._tracker.round_finished()
+
+
+FIRST_STAGES = ("problems", "base", "baseline")  # may run before Prefect is up; it then shows them as done
+
+
+class _ServerReady(Exception):
+    """Prefect can take over."""
 
 
 class Session:
@@ -107,6 +116,10 @@ class Session:
             try:
                 tracker.start()
                 server.start()
+                if server.warning:
+                    self._warn(server.warning)
+                if not server.ready():  # importing Prefect takes seconds that the first stages need not wait for
+                    threading.Thread(target=importlib.import_module, args=("flows.round",), daemon=True).start()
                 display = show.Display(self.console)
                 observer = Several([Terminal(display), Mirror(tracker)])
                 yield lambda options: self._run(options, observer, server)
@@ -116,12 +129,14 @@ class Session:
                     self._warn("MLflow does not hold everything yet; `ratchet track` records what is missing")
 
     def _run(self, options: Options, observer: Observer, server: PrefectServer) -> Outcome:
-        url = server.wait_ready()
-        if url is None:
+        """Stages that come before the server is up run without it; then the flow goes on with what they committed."""
+        outcome = self._until_ready(options, observer, server)
+        if outcome is not None:
+            return outcome
+        if server.wait_ready() is None:
             if self.mode != "off":
                 self._warn("Prefect does not answer: the round runs without it")
             return improve(self.config, options, observer)
-        os.environ["PREFECT_API_URL"] = url
         from flows import round as flow_module
 
         outcomes: list[Outcome] = []
@@ -140,6 +155,21 @@ class Session:
                 raise
             self._warn(f"Prefect failed ({type(error).__name__}); the round itself goes on without it")
         return outcomes[0] if outcomes else improve(self.config, options, observer)
+
+    def _until_ready(self, options: Options, observer: Observer, server: PrefectServer) -> Outcome | None:
+        """Do a round's first stages while the server starts; None when Prefect is to take over, between two stages."""
+        if server.ready() or options.abandon:
+            return None
+
+        def call(name: str, run: Callable[[], Manifest]) -> Manifest:
+            if name not in FIRST_STAGES or server.ready():
+                raise _ServerReady
+            return run()
+
+        try:
+            return improve(self.config, options, observer, call=call)
+        except _ServerReady:
+            return None
 
     def _warn(self, message: str) -> None:
         self.console.print(Text(f"  ! {message}", style="yellow"), soft_wrap=True)
