@@ -33,12 +33,15 @@ from flows.child import run_child
 from flows.guard import guarded
 from search.errors import RatchetError
 
-ENV = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+ENV = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # threads that imports start
 PRELOAD = (
     "torch",
     "transformers",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "search.engines.transformers",
+    "distill.sft",
 )
 _FIXED = ("OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_")  # read once, when the libraries are loaded
 GPUS = "nvidia[0-9]*"  # in /dev

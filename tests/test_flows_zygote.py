@@ -243,7 +243,7 @@ def test_no_descriptor_is_leaked(stage, zygote, tmp_path):
 @pytest.mark.slow
 def test_torch_can_be_forked_and_computes_the_same(stage, no_gpu, tmp_path):
     name = stage("""
-        import sys, torch, transformers
+        import sys, torch, transformers, distill.sft, search.engines.transformers
         from flows.child import emit
         torch.manual_seed(0)
         config = transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
