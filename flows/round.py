@@ -13,11 +13,12 @@ from prefect.artifacts import create_markdown_artifact
 
 from configs import load
 from flows.artefacts import Manifest
-from flows.driver import Observer
+from flows.driver import Execute, Observer
 from flows.observers import Silent
 from flows.runner import Options, Outcome, improve
 
 listener: ContextVar[Observer | None] = ContextVar("listener", default=None)
+executor: ContextVar[Execute | None] = ContextVar("executor", default=None)
 outcome: ContextVar[list[Outcome] | None] = ContextVar("outcome", default=None)
 
 
@@ -48,7 +49,7 @@ def round_flow(
     """
     parsed = load.load(config, overrides or [])
     options = Options(Path(runs_dir), control=control, abandon=abandon)
-    done = improve(parsed, options, listener.get() or Silent(), call=prefect_call)
+    done = improve(parsed, options, listener.get() or Silent(), call=prefect_call, run=executor.get())
     holder = outcome.get()
     if holder is not None:
         holder.append(done)

@@ -13,7 +13,7 @@ from configs.schema import Config
 from flows import driver
 from flows.artefacts import StageDir, StageKey, code_version, sha256_json
 from flows.driver import Call, Execute, Observer, RoundRun, plain_call
-from flows.stage import execute
+from flows.stage import Stages
 from flows.state import Loop, RoundFolder, RoundRecord
 from search.errors import UserError
 
@@ -42,12 +42,16 @@ class Outcome:
 
 
 def improve(
-    config: Config, options: Options, observer: Observer, *, call: Call = plain_call, run: Execute = execute
+    config: Config, options: Options, observer: Observer, *, call: Call = plain_call, run: Execute | None = None
 ) -> Outcome:
     """One improvement round (or control) of the loop, resumed where it was left.
 
-    Raises LockedError, UserError, StageFailed; what was committed stays.
+    `run` executes stages; by default one is made for this call. Raises LockedError, UserError, StageFailed; what was
+    committed stays.
     """
+    if run is None:
+        with Stages(config) as stages:
+            return improve(config, options, observer, call=call, run=stages)
     name = config.loop.name
     records: list[RoundRecord] = []
     with Loop.locked(options.runs_dir, name, "a round", task=config.task.type) as loop:

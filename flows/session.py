@@ -27,6 +27,7 @@ from flows.observers import Several, Silent, Terminal
 from flows.quiet import silence
 from flows.runner import Options, Outcome, improve, remember_config
 from flows.server import PrefectServer, is_prefect_infrastructure_error
+from flows.stage import Stages
 from flows.state import Loop, RoundFolder, RoundRecord
 
 
@@ -122,26 +123,28 @@ class Session:
                     threading.Thread(target=importlib.import_module, args=("flows.round",), daemon=True).start()
                 display = show.Display(self.console)
                 observer = Several([Terminal(display), Mirror(tracker)])
-                yield lambda options: self._run(options, observer, server)
+                with Stages(self.config) as stages:
+                    yield lambda options: self._run(options, observer, server, stages)
             finally:
                 server.stop()
                 if not tracker.close():
                     self._warn("MLflow does not hold everything yet; `ratchet track` records what is missing")
 
-    def _run(self, options: Options, observer: Observer, server: PrefectServer) -> Outcome:
+    def _run(self, options: Options, observer: Observer, server: PrefectServer, stages: Stages) -> Outcome:
         """Stages that come before the server is up run without it; then the flow goes on with what they committed."""
-        outcome = self._until_ready(options, observer, server)
+        outcome = self._until_ready(options, observer, server, stages)
         if outcome is not None:
             return outcome
         if server.wait_ready() is None:
             if self.mode != "off":
                 self._warn("Prefect does not answer: the round runs without it")
-            return improve(self.config, options, observer)
+            return improve(self.config, options, observer, run=stages)
         from flows import round as flow_module
 
         outcomes: list[Outcome] = []
         flow_module.listener.set(observer)
         flow_module.outcome.set(outcomes)
+        flow_module.executor.set(stages)
         try:
             flow_module.round_flow(
                 config=self.name,
@@ -154,9 +157,11 @@ class Session:
             if not is_prefect_infrastructure_error(error):
                 raise
             self._warn(f"Prefect failed ({type(error).__name__}); the round itself goes on without it")
-        return outcomes[0] if outcomes else improve(self.config, options, observer)
+        return outcomes[0] if outcomes else improve(self.config, options, observer, run=stages)
 
-    def _until_ready(self, options: Options, observer: Observer, server: PrefectServer) -> Outcome | None:
+    def _until_ready(
+        self, options: Options, observer: Observer, server: PrefectServer, stages: Stages
+    ) -> Outcome | None:
         """Do a round's first stages while the server starts; None when Prefect is to take over, between two stages."""
         if server.ready() or options.abandon:
             return None
@@ -167,7 +172,7 @@ class Session:
             return run()
 
         try:
-            return improve(self.config, options, observer, call=call)
+            return improve(self.config, options, observer, call=call, run=stages)
         except _ServerReady:
             return None
 

@@ -1,7 +1,7 @@
 """One stage as a process: `python -m flows.stage SPEC` (started by `flows.child`), or in this process.
 
-SPEC is JSON: what to run, on which inputs, into which folder. Threads are set before torch is imported; spinning
-OpenMP threads collapse when another process wants the cores, so they sleep instead.
+SPEC is JSON: what to run, on which inputs, into which folder. Spinning OpenMP threads collapse when another process
+wants the cores, so they sleep instead.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from configs import load
+from configs.schema import Config
+from flows import zygote
 from flows.child import emit, run_child
 from flows.driver import StageCall
 from flows.quiet import QUIET
@@ -35,26 +38,53 @@ def in_process(call: StageCall, progress: Callable[..., None]) -> None:
     getattr(module, call.function)(context, call.inputs, call.out)
 
 
-def execute(call: StageCall, progress: Callable[..., None]) -> None:
-    """Run the stage where the configuration wants it: one that loads torch has its own process and memory."""
-    settings = call.config.stages
-    if settings.in_process or not call.heavy:
-        in_process(call, progress)
-        return
+class Stages:
+    """Runs stages where the configuration wants them: one that loads torch has its own process and memory.
 
-    def on_event(event: dict[str, object]) -> None:
-        if event.get("event") == "progress":
-            progress(event["done"], event["total"], **event["info"])  # pyright: ignore[reportCallIssue]
+    Processes are forked from one whose imports are done, where that is safe (`flows.zygote`).
+    """
 
-    run_child(
-        ["flows.stage", _spec(call)],
-        what=f"stage {call.out.name.removesuffix('.work')}",
-        log_path=call.out / "log.txt",
-        python=settings.python,
-        env=QUIET | {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"},
-        timeout_s=settings.timeout_s,
-        on_event=on_event,
-    )
+    def __init__(self, config: Config) -> None:
+        settings = config.stages
+        threads = str(settings.threads or os.cpu_count() or 1)
+        self._env = QUIET | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        self._env |= {"TOKENIZERS_PARALLELISM": "false", **zygote.ENV}
+        self._zygote = zygote.Zygote(self._env) if _forks(config) else None
+
+    def __enter__(self) -> Stages:
+        if self._zygote is not None:
+            self._zygote.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._zygote is not None:
+            self._zygote.__exit__(*raised)
+
+    def __call__(self, call: StageCall, progress: Callable[..., None]) -> None:
+        settings = call.config.stages
+        if settings.in_process or not call.heavy:
+            in_process(call, progress)
+            return
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event.get("event") == "progress":
+                progress(event["done"], event["total"], **event["info"])
+
+        run_child(
+            ["flows.stage", _spec(call)],
+            what=f"stage {call.out.name.removesuffix('.work')}",
+            log_path=call.out / "log.txt",
+            python=settings.python,
+            env=self._env,
+            timeout_s=settings.timeout_s,
+            on_event=on_event,
+            zygote=self._zygote,
+        )
+
+
+def _forks(config: Config) -> bool:
+    plain = config.stages.in_process or config.engine.type != "transformers"
+    return not plain and config.stages.python in (None, sys.executable)
 
 
 def _spec(call: StageCall) -> str:
@@ -82,10 +112,7 @@ def main(text: str) -> None:
     spec["config"] = load.parse(spec["config"], "the round's configuration")
     spec["inputs"] = {name: Path(path) for name, path in spec["inputs"].items()}
     spec["out"] = Path(spec["out"])
-    call = StageCall(**spec)
-    threads = call.config.stages.threads or os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    in_process(call, _report)
+    in_process(StageCall(**spec), _report)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.schema import Config
 from search import answers
-from search.engines import load_engine
+from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
+from search.parallel import Report, fork_map
 from search.policy import Sampler
 from search.run import Plan, Progress, merge_shards, read_results, run_shards
 from search.sets import draw_sets, read_outcomes, read_problems, write_problems, write_sets
@@ -21,6 +23,7 @@ from search.tasks import load_problems, load_task
 from search.types import Budget, Engine, Grade, Problem, Spend, Task
 
 Inputs = Mapping[str, Path]
+SHARD_SAMPLES = 4000  # about as many samples of a pool are committed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,22 +116,11 @@ def evaluate(context: Context, inputs: Inputs, out: Path) -> None:
 
 def search(context: Context, inputs: Inputs, out: Path) -> None:
     """Spend test-time compute on the round's training problems; the first samples of each are plain ones."""
-    config = context.config
-    task, engine = open_policy(context, inputs)
-    budget = Budget("samples", config.search.samples)
-    plan = Plan(f"best_of_n({config.search.samples})", best_of_n, budget, answers.gold)
+    settings = context.config.search
+    plan = Plan(f"best_of_n({settings.samples})", best_of_n, Budget("samples", settings.samples), answers.gold)
     training = read_problems(inputs["problems"] / "search.jsonl")
-    spend = run_shards(
-        training,
-        plan,
-        task,
-        sampler(context, engine, f"search/{context.round}", "train", task.end_text),
-        out,
-        shard_problems=config.search.shard_problems,
-        progress=context.progress,
-        max_tokens=config.search.max_tokens,
-    )
-    engine.close()
+    job = Job("", plan, training, f"search/{context.round}", "train", settings.shard_problems)
+    spend = run_jobs(context, inputs, out, [job])
     outcomes: dict[str, tuple[int, int]] = {}
     for result in read_results(out):
         correct = sum(c.grade is Grade.CORRECT for c in result.candidates)
@@ -142,65 +134,114 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
 # ---------------------------------------------------------------- shared
 
 
-def open_policy(context: Context, inputs: Inputs) -> tuple[Task, Engine]:
-    task = load_task(context.config)
-    return task, load_engine(context.config, policy_path(inputs["policy"]), task)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Problems to run a plan on, into a folder of shards. `stage` and `split` are parts of every random key."""
+
+    folder: str  # below the stage's; empty: the stage's own
+    plan: Plan
+    problems: Sequence[Problem]
+    stage: str
+    split: str
+    shard_problems: int
+
+    @property
+    def samples(self) -> int:
+        return len(self.problems) * int(self.plan.budget.amount)
 
 
-def sampler(context: Context, engine: Engine, stage: str, split: str, end_text: str | None = None) -> Sampler:
-    sampling = context.config.sampling
-    seed = (context.config.loop.seed, stage, split)
-    return Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed, end_text)
+def greedy_job(name: str, problems: Sequence[Problem], stage: str) -> Job:
+    plan = Plan("greedy", greedy, Budget("samples", 1), answers.first)
+    return Job(f"greedy-{name}", plan, problems, stage, f"greedy-{name}", SHARD_SAMPLES // 4)
+
+
+def pool_job(name: str, problems: Sequence[Problem], num: int, stage: str) -> Job:
+    plan = Plan(f"pool({num})", best_of_n, Budget("samples", num), answers.majority)
+    return Job(f"pool-{name}", plan, problems, stage, f"pool-{name}", max(1, SHARD_SAMPLES // num))
+
+
+def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -> Spend:
+    """Run every job with the policy, in as many processes as pay; their spend. Leaves folders of shards."""
+    config = context.config
+    num = num_processes(config)
+    total = sum(job.samples for job in jobs)
+    done = [(0.0, 0.0)] * num  # (samples, tokens) of each process
+
+    def report(index: int, row: dict[str, Any]) -> None:
+        done[index] = (row["samples"], row["tokens"])
+        context.progress(sum(d[0] for d in done), total, tokens=sum(d[1] for d in done))
+
+    def work(index: int, tell: Report) -> dict[str, float]:
+        task = load_task(config)
+        engine = load_engine(config, policy_path(inputs["policy"]), task, share=num)
+        before = Spend()
+        for job in jobs:
+            before += _run_job(context, job, task, engine, out, (index, num), before, tell)
+        engine.close()
+        return before.to_json()
+
+    return sum((Spend(**row) for row in fork_map(work, num, report)), Spend())
+
+
+def _run_job(
+    context: Context,
+    job: Job,
+    task: Task,
+    engine: Engine,
+    out: Path,
+    part: tuple[int, int],
+    before: Spend,
+    tell: Report,
+) -> Spend:
+    """One process's part of a job; `before` is what it spent on earlier ones."""
+    config = context.config
+    each = int(job.plan.budget.amount)
+    limit = config.search.max_tokens if job.stage.startswith("search/") else None
+
+    def progress(num_problems: int, _: int, *, tokens: int) -> None:
+        tell({"samples": before.samples + num_problems * each, "tokens": before.generated_tokens + tokens})
+
+    sampling = config.sampling
+    seed = (config.loop.seed, job.stage, job.split)
+    return run_shards(
+        job.problems,
+        job.plan,
+        task,
+        Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed, task.end_text),
+        out / job.folder,
+        shard_problems=job.shard_problems,
+        progress=progress,
+        max_tokens=limit // part[1] if limit else None,
+        part=part,
+    )
 
 
 def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) -> None:
     """Greedy answers on every set, and pools of samples on the first problems of it."""
     from search.evaluate import summary
 
-    config, k = context.config, context.config.evaluate.k
-    task, engine = open_policy(context, inputs)
+    config = context.config
     pools = {
         "test": (config.evaluate.pool_problems, config.evaluate.pool_samples),
         "gate": (config.gate.coverage_problems, config.gate.coverage_samples),
     }
-    spend, metrics = Spend(), {}
-    work = _work(context, inputs, names, pools)
-    total = sum(len(problems) * samples for _, problems, samples in work)
-    done = 0
-    for name, problems, samples in work:
-
-        def progress(part: int, _: int, *, samples: int = samples, done: int = done, **info: object) -> None:
-            context.progress(done + part * samples, total, **info)
-
-        plan = Plan("greedy", greedy, Budget("samples", 1), answers.first)
-        if name.startswith("pool"):
-            plan = Plan(f"pool({samples})", best_of_n, Budget("samples", samples), answers.majority)
-        draws = sampler(context, engine, "evaluate", name, task.end_text)
-        spend += run_shards(problems, plan, task, draws, out / name, shard_problems=1000, progress=progress)
-        done += len(problems) * samples
-    engine.close()
-    for name, _, _ in work:
-        merge_shards(out / name, out / f"{name}.jsonl")
-    for name in names:
-        ks = [size for size in k if size <= pools[name][1]]
-        figures = summary(out / f"greedy-{name}.jsonl", out / f"pool-{name}.jsonl", ks)
-        metrics |= {figure.replace("test/", f"{name}_set/"): (e.value, e.se) for figure, e in figures.items()}
-    metrics = {name.replace("test_set/", "test/"): value for name, value in metrics.items()}
-    write_json(out / "spend.json", spend.to_json())
-    write_metrics(out, metrics)
-
-
-def _work(
-    context: Context, inputs: Inputs, names: Sequence[str], pools: Mapping[str, tuple[int, int]]
-) -> list[tuple[str, list[Problem], int]]:
-    """What is measured: (folder, problems, samples each)."""
-    work: list[tuple[str, list[Problem], int]] = []
+    jobs: list[Job] = []
     for name in names:
         problems = read_problems(inputs["problems"] / f"{name}.jsonl")
         num_pool, samples = pools[name]
-        work += [(f"greedy-{name}", problems, 1), (f"pool-{name}", problems[:num_pool], samples)]
+        jobs += [greedy_job(name, problems, "evaluate"), pool_job(name, problems[:num_pool], samples, "evaluate")]
     if "gate" in names:
-        for guard in context.config.gate.guards:
+        for guard in config.gate.guards:
             problems = read_problems(inputs["problems"] / f"guard-{guard.name}.jsonl")
-            work.append((f"greedy-guard-{guard.name}", problems, 1))
-    return work
+            jobs.append(greedy_job(f"guard-{guard.name}", problems, "evaluate"))
+    spend = run_jobs(context, inputs, out, jobs)
+    for job in jobs:
+        merge_shards(out / job.folder, out / f"{job.folder}.jsonl")
+    metrics: dict[str, float | tuple[float, float]] = {}
+    for name in names:
+        ks = [size for size in config.evaluate.k if size <= pools[name][1]]
+        figures = summary(out / f"greedy-{name}.jsonl", out / f"pool-{name}.jsonl", ks)
+        prefix = "test" if name == "test" else f"{name}_set"
+        metrics |= {figure.replace("test/", f"{prefix}/"): (e.value, e.se) for figure, e in figures.items()}
+    write_json(out / "spend.json", spend.to_json())
+    write_metrics(out, metrics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,27 +96,47 @@ def run_shards(
     shard_problems: int,
     progress: Progress | None = None,
     max_tokens: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Spend:
-    """Write `out/shard-00000.jsonl`, ... Shards already there are kept. Ends cleanly after `max_tokens` generated
-    tokens, with the shards that are finished."""
+    """Write `out/shard-00000.jsonl`, ... and return their spend. Shards already there are kept.
+
+    Ends cleanly after `max_tokens` generated tokens, with the shards that are finished. `part` = (i, n): only every
+    n-th shard from the i-th on, for process i of n.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    total = Spend()
+    total, done = Spend(), 0
     for number, start in enumerate(range(0, len(problems), shard_problems)):
+        if number % part[1] != part[0]:
+            continue
         if max_tokens is not None and total.generated_tokens >= max_tokens:
             break
         path = out / f"shard-{number:05d}.jsonl"
-        if path.exists():
-            total = sum((r.spend for r in read_results(path)), total)
-        else:
-            results = search(problems[start : start + shard_problems], plan, task, sampler)
+        results = None if path.exists() else search(problems[start : start + shard_problems], plan, task, sampler)
+        if results is not None:
             write_results(results, path)
-            total = sum((r.spend for r in results), total)
+        total = sum((r.spend for r in results or read_results(path)), total)
+        done += min(shard_problems, len(problems) - start)
         if progress:
-            progress(min(start + shard_problems, len(problems)), len(problems), tokens=total.generated_tokens)
+            progress(done, len(problems), tokens=total.generated_tokens)
     return total
 
 
-def write_results(results: Iterable[SearchResult], path: Path) -> None:
+def merge_shards(folder: Path, path: Path) -> None:
+    """One file of a folder's shards, which goes. Interrupted, it is done again."""
+    if not folder.is_dir():
+        return
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        for shard in sorted(folder.glob("shard-*.jsonl")):
+            with shard.open("rb") as lines:
+                shutil.copyfileobj(lines, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    shutil.rmtree(folder)
+
+
+def write_results(results: Sequence[SearchResult], path: Path) -> None:
     """One JSON line a result; the file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
@@ -125,13 +145,6 @@ def write_results(results: Iterable[SearchResult], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def merge_shards(folder: Path, path: Path) -> None:
-    """One file of a folder's shards, which goes. Interrupted, it is done again."""
-    if folder.is_dir():
-        write_results(read_results(folder), path)
-        shutil.rmtree(folder)
 
 
 def read_results(*paths: Path) -> Iterator[SearchResult]:

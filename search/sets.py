@@ -70,7 +70,7 @@ def draw_sets(
     set comes out empty.
     """
     if task.generated:
-        sets = _draw_generated(task, config, round_number, searched)
+        sets = _draw_generated(task, config, round_number, frozen, searched)
     else:
         sets = _take_from_file(task, config, round_number, frozen, searched, overlapping)
     if not sets["test"] or not sets["gate"] or not sets["fit"] or not sets["validation"]:
@@ -80,20 +80,28 @@ def draw_sets(
 
 
 def _draw_generated(
-    task: Task, config: Config, round_number: int, searched: Mapping[str, Outcome]
+    task: Task, config: Config, round_number: int, frozen: Path | None, searched: Mapping[str, Outcome]
 ) -> dict[str, list[Problem]]:
-    num_validation = max(200, config.difficulty.problems // 3)
-    sets = {
-        "fit": task.draw("fit", config.difficulty.problems, stream="fit"),
-        "validation": task.draw("validation", num_validation, stream="validation"),
-        "gate": task.draw("gate", config.gate.problems, stream=f"gate/{round_number}"),
-        "test": task.draw("test", config.evaluate.test_problems, stream="test"),
-        "search": [],
+    sizes: dict[Split, int] = {
+        "fit": config.difficulty.problems,
+        "validation": max(200, config.difficulty.problems // 3),
+        "test": config.evaluate.test_problems,
     }
+    sets = {name: _first_drawn(task, name, num, frozen) for name, num in sizes.items()}
+    sets |= {"gate": task.draw("gate", config.gate.problems, stream=f"gate/{round_number}"), "search": []}
     if round_number:
         stream = f"search/{round_number}"
         sets["search"] = task.draw("train", config.search.problems, stream=stream, exclude=frozenset(searched))
     return sets
+
+
+def _first_drawn(task: Task, split: Split, num: int, frozen: Path | None) -> list[Problem]:
+    """A set that stays the same: from round 0's file where it holds as many problems as are asked for."""
+    if frozen is not None:
+        problems = read_problems(frozen / f"{split}.jsonl")
+        if len(problems) == num:
+            return problems
+    return task.draw(split, num, stream=split)
 
 
 def _take_from_file(

@@ -180,9 +180,13 @@ class Countdown:
     def _moves(self, a: int, b: int) -> list[tuple[str, int]]:
         """Legal operations on two numbers, larger first: [("5+3=8", 8), ...]"""
         a, b = max(a, b), min(a, b)
+        return [(f"{a}{sign}{b}={result}", result) for sign, result in self._results(a, b)]
+
+    def _results(self, a: int, b: int) -> list[tuple[str, int]]:
+        """Legal operations on a >= b: [("+", 8), ...]"""
         results = [(sign, apply(a, sign, b)) for sign in "+-*/"]
         top = self.config.max_intermediate
-        return [(f"{a}{sign}{b}={r}", r) for sign, r in results if r is not None and r <= top]
+        return [(sign, result) for sign, result in results if result is not None and result <= top]
 
     def demonstrations(self, num: int, *, stream: str, bootstrap: Bootstrap) -> list[tuple[Problem, str]]:
         """What the base model learns from: legal play, mostly with an unrelated target.
@@ -221,19 +225,21 @@ class Countdown:
                 yield _problem(numbers, play[1])
 
     def _numbers(self, chance: random.Random, count: int) -> list[int]:
-        return sorted(chance.randint(1, self.config.max_value) for _ in range(count))
+        top, draw = self.config.max_value, chance.random
+        return sorted([1 + int(draw() * top) for _ in range(count)])
 
     def _random_play(self, chance: random.Random, numbers: Sequence[int]) -> tuple[list[str], int] | None:
         """Lines of a random legal play and its result; None where it got stuck."""
-        values, lines = list(numbers), list[str]()
+        values, lines, draw = list(numbers), list[str](), chance.random  # random() is the fastest draw there is
         while len(values) > 1:
-            a = values.pop(chance.randrange(len(values)))
-            b = values.pop(chance.randrange(len(values)))
-            moves = self._moves(a, b)
-            if not moves:
+            a = values.pop(int(draw() * len(values)))
+            b = values.pop(int(draw() * len(values)))
+            a, b = (a, b) if a >= b else (b, a)
+            results = self._results(a, b)
+            if not results:
                 return None
-            line, result = chance.choice(moves)
-            lines.append(line)
+            sign, result = results[int(draw() * len(results))]
+            lines.append(f"{a}{sign}{b}={result}")
             values.append(result)
         return lines, values[0]
 

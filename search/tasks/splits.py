@@ -6,12 +6,11 @@ The hash knows neither the loop nor its seed: two loops with equal shares hold o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import get_args
 
 from configs.schema import Splits
 from search.errors import DataError
 from search.randomness import key64
-from search.types import Problem, Split
+from search.types import SPLITS, Problem, Split
 
 MAX_REPEATS = 20_000  # draws in a row without a new problem: the space is taken for exhausted
 
@@ -19,14 +18,16 @@ MAX_REPEATS = 20_000  # draws in a row without a new problem: the space is taken
 def split_of(key: str, splits: Splits) -> Split:
     """The split of a problem key. Example: split_of("3,5,7>22", Splits()) == "train" """
     position = key64("split", key) / 2**64
+    # The shares add up to one only within rounding: the last split that has a share takes the sliver.
     edge = 0.0
-    names = get_args(Split)
-    for name in names:
-        edge += getattr(splits, name)
+    last: Split = "train"
+    for name in SPLITS:
+        share = getattr(splits, name)
+        edge += share
+        last = name if share > 0 else last
         if position < edge:
             return name
-    # The shares add up to one only within rounding: the last split that has a share takes the sliver.
-    return [name for name in names if getattr(splits, name) > 0][-1]
+    return last
 
 
 def take_distinct(problems: Iterable[Problem], num: int, *, split: Split, exclude: frozenset[str]) -> list[Problem]:
