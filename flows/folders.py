@@ -81,6 +81,7 @@ class Round:
     record: Mapping[str, Any]  # what the round's record.json says; empty: unfinished
     stages: tuple[Stage, ...]
     metrics: Mapping[str, float]
+    final: bool  # it has a verdict, and nobody is working on it any more: its report is written too
 
 
 def loop_id(loop_dir: Path) -> str:
@@ -150,6 +151,7 @@ def read_round(path: Path, live: Live, champion: Mapping[str, float]) -> Round:
         record=record,
         stages=stages,
         metrics=_merge(stages, record, verdict, champion),
+        final=verdict is not None and live.round != path.name,
     )
 
 

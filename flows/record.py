@@ -185,8 +185,8 @@ def _round_run(found: Round, model: ModelRecord | None, common: Mapping[str, str
         end_ms=found.end_ms,
         tags=_tags(common, "round", more),
         params=parameters(config),
-        # a round's figures are final with its verdict; until then its stages show theirs
-        points=_points(found.metrics, found.number, found.end_ms or 0) if found.verdict is not None else (),
+        # a round's figures are final with its report; until then its stages show theirs
+        points=_points(found.metrics, found.number, found.end_ms or 0) if found.final else (),
         artefacts=tuple(artefacts),
         datasets=tuple(_datasets(found)),
         num_dropped=sum(stage.num_dropped for stage in found.stages),
@@ -196,7 +196,7 @@ def _round_run(found: Round, model: ModelRecord | None, common: Mapping[str, str
 def _loop_run(
     loop_dir: Path, state: Mapping[str, Any], rounds: list[Round], live: Live, common: Mapping[str, str]
 ) -> RunRecord:
-    proper = [r for r in rounds if not r.control and r.verdict is not None]
+    proper = [r for r in rounds if not r.control and r.final]
     artefacts = _files(loop_dir, ("loop.json", "tracking.json"))
     reports = [s for r in proper for s in r.stages if s.committed and s.name == "report"]
     shown = {artefact.path for artefact in artefacts}

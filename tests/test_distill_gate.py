@@ -162,7 +162,9 @@ def simulate(generator, loss_rate: float, win_rate: float, num: int = 400):
 
 def test_equal_models_are_promoted_by_chance_at_most_alpha_over_all_looks():
     generator = np.random.default_rng(0)
-    config = Gate(alpha=0.2, coverage_samples=4, coverage_k=4)  # a large alpha makes the rate visible in few simulations
+    config = Gate(
+        alpha=0.2, coverage_samples=4, coverage_k=4
+    )  # a large alpha makes the rate visible in few simulations
     loops, promoted = 250, 0
     for _ in range(loops):
         looks = (dataclasses.replace(simulate(generator, 0.1, 0.1), look=j) for j in range(1, 7))
