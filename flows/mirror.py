@@ -80,7 +80,11 @@ def _experiment(client: MlflowClient, record: LoopRecord, artefact_root: str | N
         if found is None:
             location = None if artefact_root is None else f"{artefact_root}/{name}-{record.id[:6]}"
             try:
-                return client.create_experiment(name, location, tags={"ratchet.loop_id": record.id})
+                tags = {
+                    "ratchet.loop_id": record.id,
+                    "mlflow.experimentKind": "custom_model_development",
+                }  # not a chat app
+                return client.create_experiment(name, location, tags=tags)
             except MlflowException:
                 found = client.get_experiment_by_name(name)  # another process was first
                 if found is None:

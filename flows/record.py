@@ -22,6 +22,7 @@ from flows.folders import ROUND, Live, Point, Round, Stage, Status, loop_id, map
 from flows.redact import Redactor, metric_name, parameters
 
 Kind = Literal["loop", "round", "stage"]
+CURVES = ("champion/", "data/", "difficulty/", "distill/", "gain/", "gate/", "spend/", "table/", "test/", "verifier/")
 SHOWN = (".html", ".png", ".svg", ".json", ".md")
 MAX_SHOWN_BYTES = 8 * 2**20
 MAX_NOTE_CHARS = 5000
@@ -214,9 +215,14 @@ def _loop_run(
         end_ms=None if live.round else max((r.end_ms or r.start_ms for r in rounds), default=start_ms),
         tags=_tags(common, "loop", more),
         params={name: first[name] for name in ("loop.name", "loop.seed", "task.type", "model.base") if name in first},
-        points=tuple(p for r in proper for p in _points(r.metrics, r.number, r.end_ms or 0)),
+        points=tuple(p for r in proper for p in _points(_curves(r.metrics), r.number, r.end_ms or 0)),
         artefacts=tuple(artefacts),
     )
+
+
+def _curves(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What people look at over the rounds; the rest is in the rounds' own runs."""
+    return {name: value for name, value in metrics.items() if name.startswith(CURVES)}
 
 
 def _note(found: Round) -> str:

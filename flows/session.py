@@ -204,8 +204,13 @@ class Session:
         rows = [("compare", f"{_program('ratchet')} compare {self.name}")]
         if self.config.tracking.mlflow:
             rows.append(("MLflow", tracking.page_command(uri)))
+            if not uri.startswith("http"):
+                rows.append(("", "then open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"))
         if self.mode != "off":
-            rows.append(("Prefect", PrefectServer(self.mode, self.runs_dir).page_command()))
+            page = PrefectServer(self.mode, self.runs_dir).page_command()
+            rows.append(("Prefect", page))
+            if not page.startswith("http"):
+                rows.append(("", "then open http://127.0.0.1:4200"))
         for what, line in rows:
             console.print(Text.assemble((f"{what:<9}", "bold"), line))
 
