@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -30,6 +31,18 @@ VERSION = 1
 Verdict = Literal["base", "promoted", "rejected", "abandoned", "control"]
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ROUND = re.compile(r"round-(\d{3,})(?:-(control-[a-z0-9-]+))?")
+
+
+@functools.cache
+def git_sha() -> str | None:
+    """The commit of this source tree; None where it is no checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        return found.stdout.strip() or None
+    return None
 
 
 def utc_now() -> str:
@@ -266,7 +279,7 @@ class Loop:
         with disk_errors(folder.path):
             folder.path.mkdir(exist_ok=True)
             crash_point("round.begin.folder")
-            started = {"started_utc": utc_now(), "config_sha": sha256_json(config_json)}
+            started = {"started_utc": utc_now(), "config_sha": sha256_json(config_json), "git_sha": git_sha()}
             atomic_write(folder.path / "started.json", json.dumps(started) + "\n")
             crash_point("round.begin.started")
             atomic_write(folder.path / "config.json", config_json)
