@@ -245,7 +245,8 @@ def run_control(run: RoundRun) -> RoundRecord:
             "select", {"problems": problems, "base": base, "reference": selected, "search": searched}, heavy=False
         )
     else:
-        rows = run.stage("select", {"problems": problems, "base": base, "reference": selected}, heavy=False)
+        promoted = {name: source for name, source in run.earlier("select").items() if _promoted(run.loop, name)}
+        rows = run.stage("select", {"problems": problems, "base": base, "reference": selected, **promoted}, heavy=False)
     trained = run.stage("distill", {"rows": rows, "base": base, "policy": policy})
     challenger = Source(_model(trained.path), trained.id)
     run.stage("evaluate", {"problems": problems, "policy": challenger})
@@ -304,6 +305,12 @@ def _model(stage: Path) -> Path:
 
 def _first_sets(run: RoundRun) -> dict[str, Source]:
     return {"problems@000": run.of_round(0, "problems")}
+
+
+def _promoted(loop: Loop, name: str) -> bool:
+    """Did the round of an input such as `select@002` make a champion?"""
+    record = loop.state.find(f"round-{name.partition('@')[2]}")
+    return record is not None and record.verdict == "promoted"
 
 
 def _has_problems(sets: Path) -> bool:

@@ -87,10 +87,16 @@ def _held_out(config: Config, task: Task, sets: Path) -> Callable[[str], bool]:
 
 
 def _more_bootstrap(context: Context, inputs: Inputs, task: Task) -> selection.Selection:
-    """Control `bootstrap`: as many tokens as the round trained on, all of the base's own kind of data."""
-    wanted = sum(row.tokens for row in selection.read_rows(inputs["reference"] / "rows.jsonl"))
+    """Control `bootstrap`: as many tokens as the champion was trained on, all of the base's own kind of data.
+
+    Where each round starts from the champion, that is the training of all rounds so far.
+    """
     from distill.bootstrap import more_rows
 
+    folders = [inputs["reference"]]
+    if context.config.distill.init != "base":
+        folders += earlier(inputs, "select")
+    wanted = sum(row.tokens for folder in folders for row in selection.read_rows(folder / "rows.jsonl"))
     rows: list[selection.Row] = []
     total = 0
     for row in more_rows(context.config, task, stream=f"control/{context.round}"):
