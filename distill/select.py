@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import Select
+from search import results as results_module
 from search.errors import CorruptArtefact, TrainingError
 from search.randomness import key64, rng
 from search.types import Candidate, Finish, Grade, Problem, SearchResult
@@ -97,14 +98,10 @@ class Selection:
 
 
 def read_results(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, SearchResult]]:
-    """(round, result) of every line of every (round, file), one at a time. Raises CorruptArtefact."""
+    """(round, result) of every line of every (round, file or folder of shards), one at a time. Raises DataError."""
     for round_number, path in files:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    yield round_number, SearchResult.from_json(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise CorruptArtefact(f"{path}, line {number} is not a search result: {error!r}") from error
+        for result in results_module.read_results(path):
+            yield round_number, result
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from flows.history import History, ModelRef, Round, greedy_outcomes, shard_files
 from search import evaluate, stats
+from search.results import read_results
 from search.stats import Estimate
 from search.types import SearchResult
 
@@ -128,7 +129,7 @@ def difficulty_bins(history: History, round_: Round) -> tuple[list[BinRow], int]
 
 def _read_pools(folder: Path) -> dict[str, tuple[bool, ...]]:
     """Problem key -> which of its samples are right."""
-    results = evaluate.read_results(shard_files(folder, "pool-test"))
+    results = read_results(shard_files(folder, "pool-test"))
     return {r.problem.key: tuple(map(evaluate.solved, r.candidates)) for r in results}
 
 
@@ -153,7 +154,7 @@ def _answers(folder: Path, keys: set[str]) -> dict[str, SearchResult]:
 
 
 def _greedy(folder: Path) -> Iterator[SearchResult]:
-    return evaluate.read_results(shard_files(folder, "greedy-test"))
+    return read_results(shard_files(folder, "greedy-test"))
 
 
 def _example(key: str, before: Mapping[str, SearchResult], after: Mapping[str, SearchResult]) -> Example:

@@ -15,7 +15,7 @@ from difficulty.labels import Counts, count_samples
 from flows.stages import Context, Inputs, pool_job, run_jobs, write_json, write_metrics
 from search.engines import load_engine
 from search.engines.reference import policy_path
-from search.run import merge_shards, read_results
+from search.results import merge_shards, read_results
 from search.sets import read_problems
 from search.tasks import load_task
 from search.types import SearchResult, Spend

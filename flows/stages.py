@@ -16,7 +16,8 @@ from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.parallel import Report, fork_map
 from search.policy import Sampler
-from search.run import Plan, Progress, merge_shards, read_results, run_shards
+from search.results import merge_shards, read_results
+from search.run import Plan, Progress, run_shards
 from search.sets import draw_sets, read_outcomes, read_problems, write_problems, write_sets
 from search.strategies.best_of_n import best_of_n, greedy
 from search.tasks import load_problems, load_task

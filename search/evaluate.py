@@ -9,20 +9,18 @@ Axis legend: _P problems, _N candidates of one problem, _K values of k.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from search import stats
 from search.errors import DataError
+from search.results import Paths, read_results
 from search.stats import Estimate
 from search.types import Candidate, Grade, SearchResult, Spend
 
-Paths = Path | Iterable[Path]
 RULES = ("pass", "gold", "majority", "best_of_n", "best_of_n_weighted")
 _COUNTS = ("samples", "generated_tokens", "prefilled_tokens", "cached_tokens", "verifier_tokens")
 SCORED_RULES = ("best_of_n", "best_of_n_weighted")
@@ -101,24 +99,6 @@ class BinAccuracy:
 
 
 # ---------------------------------------------------------------- reading
-
-
-def read_results(paths: Paths) -> Iterator[SearchResult]:
-    """The stored results of files, or of all shards in folders, one at a time.
-
-    Raises DataError naming file and line of one that cannot be read.
-    """
-    given = [paths] if isinstance(paths, Path) else paths
-    for path in (f for p in given for f in (sorted(p.glob("shard-*.jsonl")) if p.is_dir() else [p])):
-        try:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        yield SearchResult.from_json(json.loads(line))
-                    except (ValueError, KeyError, TypeError, AttributeError) as error:
-                        raise DataError(f"{path}, line {number}: not a search result ({error!r})") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def solved(candidate: Candidate) -> bool:

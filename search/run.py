@@ -6,16 +6,14 @@ same. Memory holds one shard.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from search.answers import Rule
 from search.policy import Ask, Policy, Sampler
+from search.results import read_results, write_results
 from search.scheduler import run_together
 from search.types import Budget, Candidate, Finish, Grade, Problem, SearchResult, Spend, Task, Verifier
 
@@ -119,38 +117,3 @@ def run_shards(
         if progress:
             progress(done, len(problems), tokens=total.generated_tokens)
     return total
-
-
-def merge_shards(folder: Path, path: Path) -> None:
-    """One file of a folder's shards, which goes. Interrupted, it is done again."""
-    if not folder.is_dir():
-        return
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        for shard in sorted(folder.glob("shard-*.jsonl")):
-            with shard.open("rb") as lines:
-                shutil.copyfileobj(lines, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    shutil.rmtree(folder)
-
-
-def write_results(results: Sequence[SearchResult], path: Path) -> None:
-    """One JSON line a result; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for result in results:
-            file.write(json.dumps(result.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_results(*paths: Path) -> Iterator[SearchResult]:
-    """The results of files, or of all shards in folders, one at a time."""
-    for path in paths:
-        for file in sorted(path.glob("shard-*.jsonl")) if path.is_dir() else [path]:
-            with file.open(encoding="utf-8") as lines:
-                for line in lines:
-                    yield SearchResult.from_json(json.loads(line))

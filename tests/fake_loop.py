@@ -20,7 +20,7 @@ from distill.select import FILTERS
 from flows.champion import Bundle
 from flows.state import Loop, RoundRecord
 from search import evaluate
-from search.run import write_results
+from search.results import write_results
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 
 HOSTILE = '<script>alert("x")</script>\x1b[31mred\x1b[0m [bold]b[/bold] & "quoted"'

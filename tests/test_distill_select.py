@@ -22,8 +22,8 @@ from distill.select import (
     select_control,
     write_selection,
 )
-from search.errors import CorruptArtefact, TrainingError
-from search.run import write_results
+from search.errors import CorruptArtefact, DataError, TrainingError
+from search.results import write_results
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 
 EOS = 1

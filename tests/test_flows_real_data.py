@@ -15,7 +15,8 @@ from distill import select as selection
 from search import answers
 from search.engines import load_engine
 from search.policy import Sampler
-from search.run import Plan, grade, read_results, run_shards, write_results
+from search.results import read_results, write_results
+from search.run import Plan, grade, run_shards
 from search.sets import draw_sets, write_sets
 from search.strategies.best_of_n import best_of_n
 from search.tasks import load_task

@@ -5,6 +5,7 @@ import pytest
 
 from search import evaluate, stats
 from search.errors import DataError
+from search.results import read_results
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 
 
@@ -117,7 +118,7 @@ def test_bad_files_are_named(write, tmp_path):
     with path.open("a") as file:
         file.write('{"key": 3\n')
     with pytest.raises(DataError, match=r"twice\.jsonl, line 3: not a search result"):
-        list(evaluate.read_results(path))
+        list(read_results(path))
     with pytest.raises(DataError, match="cannot be read"):
         evaluate.read_outcomes(tmp_path / "missing.jsonl")
 
@@ -125,7 +126,7 @@ def test_bad_files_are_named(write, tmp_path):
 def test_shards_in_a_folder_are_read_in_order(write, tmp_path):
     for number in (1, 0):
         write(f"shard-{number:05d}.jsonl", [result(f"p{number}", [RIGHT, WRONG])])
-    assert [r.problem.key for r in evaluate.read_results(tmp_path)] == ["p0", "p1"]
+    assert [r.problem.key for r in read_results(tmp_path)] == ["p0", "p1"]
     assert evaluate.total_spend(tmp_path).samples == 4
 
 

@@ -1,0 +1,58 @@
+"""Search results on disk: JSON lines, in shards that appear whole or not at all; read one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from search.errors import DataError
+from search.types import SearchResult
+
+Paths = Path | Iterable[Path]
+
+
+def read_results(paths: Paths) -> Iterator[SearchResult]:
+    """The stored results of files, or of all shards in folders, one at a time.
+
+    Raises DataError naming file and line of one that cannot be read.
+    """
+    given = [paths] if isinstance(paths, Path) else paths
+    for path in (f for p in given for f in (sorted(p.glob("shard-*.jsonl")) if p.is_dir() else [p])):
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        yield SearchResult.from_json(json.loads(line))
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        raise DataError(f"{path}, line {number}: not a search result ({error!r})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def write_results(results: Sequence[SearchResult], path: Path) -> None:
+    """One JSON line a result; the file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for result in results:
+            file.write(json.dumps(result.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def merge_shards(folder: Path, path: Path) -> None:
+    """One file of a folder's shards, which goes. Interrupted, it is done again."""
+    if not folder.is_dir():
+        return
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        for shard in sorted(folder.glob("shard-*.jsonl")):
+            with shard.open("rb") as lines:
+                shutil.copyfileobj(lines, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    shutil.rmtree(folder)
