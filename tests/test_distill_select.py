@@ -212,7 +212,7 @@ def test_results_stream_from_files_and_damage_is_named(tmp_path: Path) -> None:
     shard.write_text(shard.read_text()[:-30])
     stream = read_results([(1, shard)])
     assert next(stream)[1] == results[0], "read one at a time, not all before the first"
-    with pytest.raises(CorruptArtefact, match=r"shard\.jsonl, line 4"):
+    with pytest.raises(DataError, match=r"shard\.jsonl, line 4"):
         list(stream)
     shard.write_text('{"key": "p", "prompt_ids": [1], "completion_ids": ["x"]}\n')
     with pytest.raises(CorruptArtefact, match="line 1"):
