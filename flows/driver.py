@@ -8,9 +8,10 @@ knows Prefect or MLflow: `flows.round` wraps `call` in Prefect tasks and listens
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -338,6 +339,9 @@ def resume_or_begin(loop: Loop, config: Config, *, kind: str, round_number: int 
         return loop.begin_round(load.dump(config), kind=kind, round=round_number)
     frozen = load.parse(json.loads(folder.config_json()), str(folder.path / "config.json"))
     changed = {k: v for k, v in load.difference(frozen, config).items() if k.split(".")[0] not in IRRELEVANT}
+    if changed and not any(folder.path.glob("*/manifest.json")):  # nothing was done yet: nothing is lost
+        shutil.rmtree(folder.path)
+        return loop.begin_round(load.dump(config), kind=kind, round=folder.round)
     if changed:
         shown = ", ".join(f"{key} ({old!r} in the round, {new!r} now)" for key, (old, new) in changed.items())
         error = UserError(
@@ -346,4 +350,4 @@ def resume_or_begin(loop: Loop, config: Config, *, kind: str, round_number: int 
         )
         error.exit_code = 2
         raise error
-    return replace(folder)
+    return folder

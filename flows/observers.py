@@ -102,7 +102,7 @@ class Terminal(Silent):
         self._display.stage_finished(name, wall_s, _note(name, metrics), resumed=resumed)
 
     def stage_failed(self, folder: RoundFolder, name: str, message: str) -> None:
-        self._display.stage_failed(name, message)
+        self._display.stage_failed(name)
 
 
 def _note(name: str, m: dict[str, float]) -> str:
@@ -111,7 +111,8 @@ def _note(name: str, m: dict[str, float]) -> str:
         match name:
             case "problems":
                 drawn = [(k, m[f"data/{k}_problems"]) for k in ("search", "gate", "test", "fit")]
-                return ", ".join(f"{n:g} {k}" for k, n in drawn if n)
+                aside = m["data/rejected_problems"]
+                return ", ".join(f"{n:g} {k}" for k, n in drawn if n) + (f"; {aside:g} rows set aside" if aside else "")
             case "baseline" | "evaluate":
                 sets = [(s, m.get(f"{p}/accuracy_greedy")) for s, p in (("gate", "gate_set"), ("test", "test"))]
                 return "greedy " + ", ".join(f"{100 * v:.1f} % on {s}" for s, v in sets if v is not None)

@@ -29,6 +29,7 @@ from flows.runner import Options, Outcome, improve, remember_config
 from flows.server import PrefectServer, is_prefect_infrastructure_error
 from flows.stage import Stages
 from flows.state import Loop, RoundFolder, RoundRecord
+from search.errors import ConfigError
 
 
 class Mirror(Silent):
@@ -68,6 +69,8 @@ class Session:
     ) -> None:
         self.config, self.name, self.overrides, self.runs_dir = config, name, overrides, runs_dir
         self.mode = prefect or config.orchestration.prefect
+        if self.mode not in ("auto", "on", "off"):
+            raise ConfigError(f"--prefect {self.mode}: expected auto, on or off")
         self.as_json = as_json
         self.console = Console(stderr=True, highlight=False)
         self.loop_dir = runs_dir / config.loop.name

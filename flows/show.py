@@ -98,9 +98,10 @@ class Display:
         line = Text.assemble(("  ✓ ", "green"), f"{name:<11}", f"{note:<48} ", (time_text, "dim"))
         self.console.print(line, soft_wrap=True)
 
-    def stage_failed(self, name: str, message: str) -> None:
+    def stage_failed(self, name: str) -> None:
+        """The message itself is the command's last line."""
         self._stop()
-        self.console.print(Text.assemble(("  ✗ ", "red"), f"{name:<11}", message))
+        self.console.print(Text.assemble(("  ✗ ", "red"), name))
 
     def note(self, message: str) -> None:
         self.console.print(Text(f"    {message}", style="dim"))

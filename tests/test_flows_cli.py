@@ -135,6 +135,7 @@ def test_grade_writes_the_rows_back(tmp_path):
         (["round", "smoke", "--set", "search.samples=many"], 2, ["search.samples", "many"]),
         (["round", "smoke", "--control", "none"], 2, ["--control none", "random or bootstrap"]),
         (["round", "smoke", "--nonsense"], 2, ["--nonsense"]),
+        (["round", "smoke", "--prefect", "perhaps"], 2, ["--prefect perhaps", "auto, on or off"]),
         (["nonsense"], 2, ["nonsense"]),
         (["status"], 2, ["which configuration"]),
         (["status", "smoke"], 1, ["no loop 'smoke'", "ratchet round"]),

@@ -149,6 +149,16 @@ def test_an_unfinished_round_keeps_its_configuration(tmp_path):
     assert outcome.records[-1].config_changes == {"search.samples": [8, 12]}
 
 
+def test_a_round_that_did_nothing_yet_takes_another_configuration(tmp_path):
+    class AtOnce(Silent):
+        def stage_started(self, folder, name, expected_s):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=AtOnce())
+    assert a_round(tmp_path, "search.samples=12").records[-1].verdict == "promoted"
+
+
 def test_two_rounds_of_one_loop_exclude_each_other(tmp_path):
     with (
         Loop.locked(tmp_path, "smoke", "a round", task="countdown"),
