@@ -1,5 +1,6 @@
 """Break a toy round in every way; run it again; it must end as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
