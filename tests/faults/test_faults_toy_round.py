@@ -169,10 +169,11 @@ def test_random_kills_of_a_round_with_child_processes(tmp_path, unbroken, seed):
         try:
             process.wait(chance.uniform(0, 0.4 + attempt * 0.05))
         except subprocess.TimeoutExpired:
-            everyone = tree(process.pid)
+            everyone, with_guard = tree(process.pid), False
             victim = chance.choice(everyone) if chance.random() < 0.5 and everyone else psutil.Process(process.pid)
-            with_guard = victim.pid in {p.pid for p in psutil.Process(process.pid).children()}
-            victim.kill()  # the command, a guard, a stage, or what it started
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that ended by itself meanwhile is none to kill
+                with_guard = victim.pid in {p.pid for p in psutil.Process(process.pid).children()}
+                victim.kill()  # the command, a guard, a stage, or what it started
             time.sleep(chance.uniform(0, 0.1))
             everyone += [p for p in tree(process.pid) if p not in everyone]
             process.kill()
