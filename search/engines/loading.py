@@ -34,7 +34,9 @@ def load_model(source: Path | str, settings: Model, *, device: str) -> Loaded:
     Raises ModelError where the folder or hub name does not exist or lacks weights or a tokenizer.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # loading a small model is no work to watch, and a large one is told by its stage
     folder = locate(source, settings.revision)
     adapter = folder / "adapter_config.json"
     base = locate(_base_of(adapter), settings.revision) if adapter.is_file() else folder

@@ -55,7 +55,7 @@ def draw(histories: dict[tuple[str, int], History]):
         for (name, seed), history in histories.items():
             if name == task:
                 _curve(panel, history, seed)
-        panel.set_title(f"{task.capitalize()}: greedy accuracy, 2000 unseen problems")
+        panel.set_title(f"{task.capitalize()}: greedy accuracy on the test set")
         panel.set_xlabel("round (0 = the base model)")
         panel.set_xticks(range(ROUNDS + 1))
         panel.set_ylim(bottom=0)
