@@ -55,12 +55,12 @@ def draw(histories: dict[tuple[str, int], History]):
         for (name, seed), history in histories.items():
             if name == task:
                 _curve(panel, history, seed)
-        panel.set_title(f"{task.capitalize()}: greedy accuracy on the test set")
+        panel.set_title(f"{task.capitalize()}: greedy accuracy")
         panel.set_xlabel("round (0 = the base model)")
         panel.set_xticks(range(ROUNDS + 1))
         panel.set_ylim(bottom=0)
         percent_axis(panel)
-        panel.legend(loc="upper left")
+        panel.legend(loc="lower center" if panel.get_ylim()[1] > 0.5 else "upper left")
     return figure
 
 
