@@ -7,10 +7,11 @@ Strategies that sample independently share one pool: every budget is computed fr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.schema import Config
 from flows.state import Loop
@@ -19,10 +20,11 @@ from search.engines import load_engine
 from search.engines.reference import policy_path
 from search.errors import ConfigError, DataError
 from search.policy import Sampler
-from search.run import Plan, run_shards
+from search.run import Plan, Progress, run_shards
+from search.sets import read_problems
 from search.strategies.best_of_n import best_of_n, greedy
 from search.tasks import load_task
-from search.types import Budget, Problem, Split, Task
+from search.types import Budget, Problem, Task
 
 RULES = {"pass": "pass", "majority": "majority"}
 
@@ -50,7 +52,7 @@ def evaluate_model(
     if split not in ("validation", "test"):
         raise ConfigError(f"--split {split}: expected validation or test")
     policy = _find_model(config, runs_dir, model)
-    problems = _problems(task, "test" if split == "test" else "validation", num_problems, config, runs_dir)
+    problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
     if split == "test" and model in ("champion", "base"):
         with Loop.locked(runs_dir, config.loop.name, "an evaluation on the test set") as loop:
             loop.count_test_look()
@@ -102,31 +104,27 @@ def _find_model(config: Config, runs_dir: Path, model: str) -> str:
     return policy_path(loop.resolve(loop.state.champion.policy))
 
 
-def _problems(task: Task, split: Split, num: int, config: Config, runs_dir: Path) -> list[Problem]:
-    """The first problems of the split: those that rounds measure, and for generated tasks more of the same kind."""
+def _problems(task: Task, split: Literal["validation", "test"], num: int, loop: Path) -> list[Problem]:
+    """The first problems of the split. Of a file, those held out in round 0: rows appended later were trained on."""
+    frozen = loop / "round-000" / "problems" / f"{split}.jsonl"
     if task.generated:
         return task.draw(split, num, stream=split)
-    return task.problems(split)[:num]
+    return (read_problems(frozen) if frozen.exists() else task.problems(split))[:num]
 
 
-def _bar(num_problems: int) -> Any:
-    """A progress callback on stderr, as a context manager."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _bar(num_problems: int) -> Iterator[Progress]:
+    """A progress callback on stderr."""
     from rich.console import Console
 
     from flows.show import Display
 
-    @contextmanager
-    def bar() -> Any:
-        display = Display(Console(stderr=True))
-        display.stage_started("eval", f"{num_problems} problems", None)
-        try:
-            yield lambda done, total, **info: display.progress("eval", done, total, **info)
-        finally:
-            display._stop()  # pyright: ignore[reportPrivateUsage]
-
-    return bar()
+    display = Display(Console(stderr=True))
+    display.stage_started("eval", f"{num_problems} problems", None)
+    try:
+        yield lambda done, total, **info: display.progress("eval", done, total, **info)
+    finally:
+        display.stop()
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:

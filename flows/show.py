@@ -93,20 +93,21 @@ class Display:
         self._progress.update(self._task, completed=done, total=total, info=shown)
 
     def stage_finished(self, name: str, wall_s: float, note: str, *, resumed: bool) -> None:
-        self._stop()
+        self.stop()
         time_text = "done earlier" if resumed else seconds(wall_s)
         line = Text.assemble(("  ✓ ", "green"), f"{name:<11}", f"{note:<48} ", (time_text, "dim"))
         self.console.print(line, soft_wrap=True)
 
     def stage_failed(self, name: str) -> None:
         """The message itself is the command's last line."""
-        self._stop()
+        self.stop()
         self.console.print(Text.assemble(("  ✗ ", "red"), name))
 
     def note(self, message: str) -> None:
         self.console.print(Text(f"    {message}", style="dim"))
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Take the bar away."""
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._task = None

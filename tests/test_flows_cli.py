@@ -94,6 +94,27 @@ def test_eval_reports_accuracy_against_budget(loop):
     assert rows["pass", 4]["spend"]["generated_tokens"] > rows["pass", 1]["spend"]["generated_tokens"]
 
 
+def test_eval_of_a_file_uses_the_problems_held_out_in_round_0(tmp_path):
+    from configs import load
+    from flows.evaluation import _problems
+    from search.sets import draw_sets, write_sets
+    from search.tasks import load_task
+
+    path = tmp_path / "q.jsonl"
+    rows = [json.dumps({"question": f"What is {i} plus {i}?", "answer": str(2 * i)}) + "\n" for i in range(600)]
+    data = {"loop": {"name": "mine"}, "task": {"type": "jsonl", "path": str(path)}, "model": {"base": "somewhere"}}
+    frozen = tmp_path / "mine" / "round-000" / "problems"
+    frozen.mkdir(parents=True)
+    path.write_text("".join(rows[:300]))
+    task = load_task(load.parse(data))
+    sets = draw_sets(task, load.parse(data), 0, None, {})
+    write_sets(task, sets, None, frozen)
+    path.write_text("".join(rows))
+    grown = load_task(load.parse(data))
+    assert len(grown.problems("validation")) > len(sets["validation"])
+    assert _problems(grown, "validation", 1000, tmp_path / "mine") == list(sets["validation"])
+
+
 def test_promote_and_rollback_are_recorded(loop):
     folder, _ = loop
     assert "round 0" in ratchet("rollback", "--reason", "worse in use", cwd=folder).stdout
