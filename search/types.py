@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Split = Literal["train", "fit", "validation", "gate", "test"]
+Aggregation = Literal["last", "min", "prod", "mean"]
 SPLITS: tuple[Split, ...] = ("train", "fit", "validation", "gate", "test")
 
 
@@ -52,16 +53,20 @@ class Spend:
     """What was computed, counted where it happened, pruned branches included.
 
     `flops_ideal` counts each distinct prefix token once (for comparisons); `flops_actual` what the engine did.
-    FLOPs = 2 x (non-embedding + output head parameters) x tokens, policy and verifier each.
+    FLOPs = 2 x (non-embedding + output head parameters) x tokens; the totals hold the verifier's too.
+    `samples` are answers' worth of text: whole answers, plus the most steps generated at any one depth. So a beam of
+    width N costs N, and lookahead over k steps N (k + 1), as the paper charges them (section 5.3).
     """
 
     samples: int = 0
     generated_tokens: int = 0
     prefilled_tokens: int = 0  # prompt and prefix tokens computed
     cached_tokens: int = 0  # prefix tokens whose keys and values were reused
-    verifier_tokens: int = 0
+    verifier_tokens: int = 0  # what the verifier computed, prompts and prefixes included
     flops_ideal: float = 0.0
     flops_actual: float = 0.0
+    verifier_flops_ideal: float = 0.0  # the verifier's part of the totals
+    verifier_flops_actual: float = 0.0
 
     def __add__(self, other: Spend) -> Spend:
         return Spend(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -83,7 +88,9 @@ class Candidate:
     """One (partial) answer. Immutable: extending it makes a new one.
 
     `ids` are the generated token ids, EOS included when the policy wrote it; `text` leaves special tokens out.
-    `step_ends[s]` is the number of ids after step s (empty: never split). Scores are the verifier's, one a step.
+    `step_ends[s]` is the number of ids after step s, `text_ends[s]` the number of characters (both empty: never
+    split). Scores are the verifier's, one a step. `path` is the place in the search tree: the number of the first
+    draw, then the number of the fork at each place where the candidate forked.
     Example: Candidate((31, 7, 2), "3+4=7\n", Finish.EOS, answer="3+4=7", grade=Grade.CORRECT)
     """
 
@@ -93,21 +100,38 @@ class Candidate:
     answer: str | None = None  # extracted and canonical; None never votes
     grade: Grade | None = None  # None: not graded
     step_ends: tuple[int, ...] = ()
+    text_ends: tuple[int, ...] = ()
     step_scores: tuple[float, ...] = ()
     score: float | None = None  # aggregated verifier score
     logprob: float | None = None  # sum over `ids` under the sampling distribution at temperature 1
+    path: tuple[int, ...] = ()
+    chain: int | None = None  # which chain of revisions it belongs to, or which independent subtree
+    prompt_ids: tuple[int, ...] = ()  # its own prompt where that is not the result's: a revision shows attempts
+    key: int = 0  # random stream of the next token; not stored
 
     @property
     def complete(self) -> bool:
         return self.finish is Finish.EOS
 
+    @property
+    def open(self) -> bool:
+        """Whether another step may follow."""
+        return self.finish is Finish.STOP
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The texts of its steps, delimiters included; a candidate that was never split is one step."""
+        ends = self.text_ends or (len(self.text),)
+        return tuple(self.text[a:b] for a, b in zip((0, *ends), ends, strict=False))
+
     def to_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"ids": list(self.ids), "text": self.text, "finish": self.finish.value}
         row |= {"answer": self.answer, "grade": self.grade.value if self.grade else None}
-        if self.step_ends:
-            row["step_ends"] = list(self.step_ends)
-        if self.step_scores:
-            row["step_scores"] = list(self.step_scores)
+        for name in ("step_ends", "text_ends", "step_scores", "path", "prompt_ids"):
+            if value := getattr(self, name):
+                row[name] = list(value)
+        if self.chain is not None:
+            row["chain"] = self.chain
         if self.score is not None:
             row["score"] = self.score
         if self.logprob is not None:
@@ -123,9 +147,13 @@ class Candidate:
             answer=row["answer"],
             grade=Grade(row["grade"]) if row["grade"] else None,
             step_ends=tuple(row.get("step_ends", ())),
+            text_ends=tuple(row.get("text_ends", ())),
             step_scores=tuple(row.get("step_scores", ())),
             score=row.get("score"),
             logprob=row.get("logprob"),
+            path=tuple(row.get("path", ())),
+            chain=row.get("chain"),
+            prompt_ids=tuple(row.get("prompt_ids", ())),
         )
 
 
@@ -142,9 +170,10 @@ class SearchResult:
     seed: str  # the random stream: "seed/stage/split"
     approximate: bool = False  # True where the engine could not return its token ids
     prompt_ids: tuple[int, ...] = ()  # the very ids every candidate continues; training rows start with them
+    failed: str | None = None  # why this one problem could not be searched to its end; it counts as not solved
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        row: dict[str, Any] = {
             "key": self.problem.key,
             "question": self.problem.question,
             "gold": self.problem.answer,
@@ -158,6 +187,7 @@ class SearchResult:
             "prompt_ids": list(self.prompt_ids),
             "candidates": [c.to_json() for c in self.candidates],
         }
+        return row | ({"failed": self.failed} if self.failed else {})
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> SearchResult:
@@ -171,6 +201,7 @@ class SearchResult:
             seed=row["seed"],
             approximate=row["approximate"],
             prompt_ids=tuple(row["prompt_ids"]),
+            failed=row.get("failed"),
         )
 
     def with_candidates(self, candidates: Sequence[Candidate]) -> SearchResult:
@@ -245,12 +276,57 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that works on while more requests arrive: vLLM in this process, a server. Fed continuously."""
+
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Take requests in; a ticket for each. Never blocks for long."""
+        ...
+
+    def collect(self) -> list[tuple[int, Continuation]]:
+        """(ticket, continuation) of all that finished since; waits for one, unless nothing is in flight: then []."""
+        ...
+
+    def cancel(self, tickets: Sequence[int]) -> None:
+        """Stop these; `collect` returns them as CANCELLED with the ids they have. Finished ones are left alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What a verifier reads: the step texts of one (partial) answer, and the attempts shown before it, if any."""
+
+    problem: Problem
+    steps: tuple[str, ...]
+    attempts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A verifier's scores in [0, 1], one a step, and the tokens it computed and took from a cache for them."""
+
+    scores: tuple[float, ...]
+    prefilled_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierFacts:
+    """What accounting, provenance and the strategies need to know of a verifier."""
+
+    fingerprint: str
+    flops_parameters: int
+    process: bool = True  # False: it scores finished answers only (ORM), with one score
+    aggregation: Aggregation = "last"  # of step scores; chosen on validation and kept with a trained verifier
+
+
 class Verifier(Protocol):
-    """Scores steps. One list a pair, one score in [0, 1] a step."""
+    """Scores steps (PRM) or finished answers (ORM). Results come back in the order of the requests."""
 
-    parameters: int
+    facts: VerifierFacts
 
-    def score(self, pairs: Sequence[tuple[Problem, Sequence[str]]]) -> list[list[float]]: ...
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]: ...
 
 
 class DifficultyEstimate(Protocol):
@@ -287,7 +363,15 @@ class Task(Protocol):
         """Text (few-shot or plain), or chat messages for a model with a template."""
         ...
 
+    def parse(self, question: str) -> Problem:
+        """The problem of a question as a user types it, without a gold answer where the task needs one."""
+        ...
+
     def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]: ...
+
+    def answers(self, pairs: Sequence[tuple[Problem, str]]) -> list[str | None]:
+        """The canonical answer of each response, without looking at the gold one; None: none found."""
+        ...
 
     def solution_key(self, problem: Problem, text: str) -> str:
         """Canonical form of a solution: two responses with equal keys are the same solution (dedupe)."""
