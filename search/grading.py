@@ -55,7 +55,9 @@ class Job:
 
 
 class GraderPool:
-    """`workers` processes, each answer limited to `seconds` of wall clock and of CPU and `memory_mib` of memory.
+    """`workers` processes, each answer limited to `seconds` of wall clock and of CPU.
+
+    `memory_mib` is the address space a worker may have; an answer that takes a third of it is ungraded already.
 
     Workers start when the first answer needs one. Close the pool, or use it as a context; it is closed at exit.
     """
@@ -281,6 +283,9 @@ class _Supervisor:
             worker.ready, self.failed_starts = True, 0
             return
         assert worker.job is not None
+        if message.get("failed") == "memory":
+            self._lose(worker, "memory")
+            return
         failed, equal, canonical = message.get("failed"), message.get("equal"), message.get("canonical")
         self.found[worker.job] = Comparison(
             equal if isinstance(equal, bool) else None,
@@ -288,8 +293,6 @@ class _Supervisor:
             str(failed) if failed else None,
         )
         worker.job = None
-        if failed == "memory":  # its heap is near the limit: the next answer would pay for it
-            self._lose(worker, "memory")
 
     def _kill_late(self) -> None:
         now = time.monotonic()
@@ -298,12 +301,13 @@ class _Supervisor:
 
     def _lose(self, worker: _Worker, why: str) -> None:
         """End a worker. A job it died over is tried once more, for it may have been killed from outside (or before it
-        began); a second death, or a limit, leaves the job ungraded. A worker never ready counts against the next start.
+        began), and so is one that found no memory, which earlier answers may have taken. A second failure, or the clock,
+        leaves the job ungraded. A worker never ready counts against the next start.
         """
-        code = worker.exit_code(0.0 if why == "time" else 2.0)
+        code = worker.exit_code(2.0 if why == "crash" else 0.0)
         if code == -signal.SIGXCPU:
             why = "time"
-        if worker.job is not None and why == "crash" and worker.job not in self.retried:
+        if worker.job is not None and why != "time" and worker.job not in self.retried:
             self.retried.add(worker.job)
             self.waiting.appendleft(worker.job)
         elif worker.job is not None:

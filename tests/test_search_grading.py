@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.errors import EngineError
-from search.grading import GraderPool
+from search.grading import GraderPool, Job
 from search.tasks.compare import bad_gold, gold_answer, judge
 from search.tasks.math_answers import AnswerType, extract, normal, number_text, parse_number, refused
 from search.types import Grade, Graded
@@ -369,6 +369,42 @@ def test_workers_that_cannot_start_are_an_error_not_a_verdict(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with GraderPool(workers=1) as pool, pytest.raises(EngineError, match="do not start"):
         pool.grade([("2\\sqrt{3}", "\\boxed{\\sqrt{12}}")])
+
+
+GREEDY_LIBRARY = """
+class LatexExtractionConfig:
+    def __init__(self, **options): pass
+
+def parse(text, config, **options):
+    return [text]
+
+def verify(gold, answer, **options):
+    kept = []
+    try:
+        while "hungry" in answer[0]:
+            kept = [kept, bytearray(16 << 20)]
+        return gold == answer
+    except Exception:
+        return False
+"""
+
+
+def test_an_answer_that_takes_all_memory_is_ungraded_though_the_library_hides_it(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text(GREEDY_LIBRARY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with GraderPool(seconds=20, memory_mib=512, workers=1) as pool:
+        found = pool.compare([Job("2x", "3x"), Job("2x", "hungry"), Job("2x", "2x"), Job("2x", "4x")])
+        assert [(c.equal, c.failed) for c in found] == [(False, None), (None, "memory"), (True, None), (False, None)]
+        assert pool.failures == {"memory": 1}
+
+
+def test_an_answer_does_not_pay_for_the_memory_that_earlier_ones_took(tmp_path, monkeypatch):
+    hoarder = GREEDY_LIBRARY.replace("    kept = []\n", "    HOARD.append(bytearray(100 << 20))\n    kept = []\n")
+    (tmp_path / "math_verify.py").write_text("HOARD = []\n" + hoarder)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with GraderPool(seconds=20, memory_mib=1024, workers=1) as pool:
+        found = pool.compare([Job("2x", f"{k}x") for k in range(12)])
+        assert [c.equal for c in found] == [k == 2 for k in range(12)]
 
 
 def test_a_folder_named_search_in_the_current_directory_is_not_imported(tmp_path, monkeypatch):

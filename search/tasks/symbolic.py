@@ -4,6 +4,11 @@ Only search.grading starts this module. Its limits: wall clock by an alarm insid
 kernel; the parent kills what does not answer in time. The worker dies with its parent: the kernel sends it SIGKILL
 (parent-death signal), and it ends at the end of its input.
 
+math-verify and sympy swallow errors, MemoryError too, and then call two answers different. So a verdict does not count
+where the answer took a third of the memory left to the worker: what grows to that may have been refused more (lists,
+dictionaries and numbers grow by at most doubling, on top of what they hold). A single allocation larger than the limit
+out of nothing would still go unnoticed, and the answer be wrong.
+
 Protocol, one JSON object a line. In: {"gold": str or null, "answer": str}. Out: {"ready": true} once, then for every
 line {"equal": bool or null, "canonical": str or null} or {"failed": "time" | "memory" | "error: ..."}.
 """
@@ -129,11 +134,20 @@ def _limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
-def _serve_one(line: str, seconds: float) -> dict[str, Any]:
+def _peak_bytes() -> int:
+    """The largest address space this process ever had; 0 where the system does not say."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as lines:
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmPeak:")), 0)
+    return 0
+
+
+def _serve_one(line: str, seconds: float, roomy_bytes: int) -> dict[str, Any]:
+    """The reply to a line. A worker whose peak is past `roomy_bytes` answers nothing but "memory": replace it."""
     _limit_cpu(seconds)
     try:
         with _alarm(seconds):
-            return _answer(json.loads(line))
+            reply = _answer(json.loads(line))
+        return reply if _peak_bytes() <= roomy_bytes else {"failed": "memory"}
     except _OutOfTime:
         return {"failed": "time"}
     except (MemoryError, RecursionError) as error:
@@ -165,9 +179,11 @@ def main() -> None:
     equal("1+x", "x+1")  # imports and parser tables, before the clock counts
     size = memory_mib << 20
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    used = _peak_bytes()
+    roomy_bytes = used + (size - used) // 3
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
-        print(json.dumps(_serve_one(line, seconds)), file=out, flush=True)
+        print(json.dumps(_serve_one(line, seconds, roomy_bytes)), file=out, flush=True)
 
 
 if __name__ == "__main__":
