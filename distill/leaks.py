@@ -64,9 +64,12 @@ def near_duplicates(
     for index, text in enumerate(train_texts):
         grams = frozenset(_grams(words(text), n))
         common = Counter(other for gram in grams for other in holders.get(gram, ()))
-        best = max(((count / len(grams | grams_P[other]), -other) for other, count in common.items()), default=(0.0, 0))
-        if best[0] >= threshold and _numbers(text) == _numbers(heldout_texts[-best[1]]):
-            found.append(Overlap(index, -best[1], f"{best[0]:.2f}"))
+        alike = ((count / len(grams | grams_P[other]), -other) for other, count in common.items())
+        # by likeness first: the most similar text may be about other numbers, and the next one about these
+        for similarity, other in sorted((pair for pair in alike if pair[0] >= threshold), reverse=True):
+            if _numbers(text) == _numbers(heldout_texts[-other]):
+                found.append(Overlap(index, -other, f"{similarity:.2f}"))
+                break
     return found
 
 

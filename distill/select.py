@@ -3,8 +3,8 @@
 The rejection-sampling half of expert iteration (Zelikman et al. 2022, STaR; Singh et al. 2023, ReST-EM): keep the
 distinct correct answers, at most a few of one problem, pooled over the rounds. Results are read one at a time; memory
 holds the kept rows and one number for each distinct solution. Which solutions survive the cap is a pure function of
-(seed, problem, solution), so neither the order of the files nor a resume changes a row. Left out: weighting rows by
-difficulty, and choosing by verifier score.
+(seed, problem, solution), whatever the order of the files; of answers with the same solution the first one read is the
+row. Left out: weighting rows by difficulty, and choosing by verifier score.
 """
 
 from __future__ import annotations
@@ -205,12 +205,10 @@ class _Pool:
         reason = unusable(candidate, self.config.max_response_tokens)
         if reason:
             return reason
-        if self.held_out(problem.key):
+        reason = shows_held_out(problem, candidate.text, self.held_out, self.solved_keys)
+        if reason == "held_out":
             self.leaks.add(problem.key)
-            return "held_out"
-        if self.solved_keys and any(map(self.held_out, self.solved_keys(problem, candidate.text))):
-            return "solves_held_out"
-        return None
+        return reason
 
     def _keep(self, round_number: int, result: SearchResult, candidate: Candidate) -> str:
         """Keep the solution if it is new and ranks among the first `max_per_problem` of its problem."""
@@ -244,6 +242,20 @@ def unusable(candidate: Candidate, max_response_tokens: int | None) -> str | Non
     return None
 
 
+def shows_held_out(
+    problem: Problem,
+    text: str,
+    held_out: Callable[[str], bool],
+    solved_keys: Callable[[Problem, str], Iterable[str]] | None,
+) -> str | None:
+    """The filter that keeps an answer to, or a solution of, a held-out problem from being a row; None: neither."""
+    if held_out(problem.key):
+        return "held_out"
+    if solved_keys and any(map(held_out, solved_keys(problem, text))):
+        return "solves_held_out"
+    return None
+
+
 def draw_replay(replay: Iterable[Row], num_rows: int, share: float, seed: int) -> list[Row]:
     """Rows that make up `share` of all rows beside `num_rows` others, or all there are. The same rows every time."""
     assert 0 <= share < 1, share
@@ -270,15 +282,17 @@ def select_control(
     solution_key: SolutionKey,
     seed: int,
     held_out: Callable[[str], bool],
+    solved_keys: Callable[[Problem, str], Iterable[str]] | None = None,
 ) -> Selection:
     """Control `random`: as many rows and, as nearly as can be, as many tokens as `like`, from plain samples.
 
     `plain` holds independent samples of the same problems (first samples of a search, or a run of their own). Correct
-    ones are drawn at random: no verifier, no quota, no removal of duplicates. The replay rows are those of `like`.
+    ones are drawn at random: no verifier, no quota, no removal of duplicates. As in `select`, `held_out` and
+    `solved_keys` say what must not be trained on. The replay rows are those of `like`.
     Raises TrainingError where there are fewer correct samples than searched rows.
     """
     searched = [row for row in like.rows if row.source == "search"]
-    draw = _draw(plain, config, len(searched), prompt_ids, solution_key, seed, held_out)
+    draw = _draw(plain, config, len(searched), prompt_ids, solution_key, seed, held_out, solved_keys)
     if len(draw.rows) < len(searched):
         raise TrainingError(
             f"the control needs {len(searched)} correct plain samples and has {len(draw.rows)} "
@@ -303,6 +317,7 @@ def _draw(
     solution_key: SolutionKey,
     seed: int,
     held_out: Callable[[str], bool],
+    solved_keys: Callable[[Problem, str], Iterable[str]] | None,
 ) -> _Draw:
     counts: Counter[str] = Counter()
 
@@ -312,7 +327,7 @@ def _draw(
                 counts["candidates"] += 1
                 problem = result.problem
                 why = unusable(candidate, config.max_response_tokens)
-                why = why or ("held_out" if held_out(problem.key) else None)
+                why = why or shows_held_out(problem, candidate.text, held_out, solved_keys)
                 counts[why or "correct"] += 1
                 if why is None:
                     prompt = result.prompt_ids or tuple(prompt_ids(problem))

@@ -42,6 +42,11 @@ def result(key: str, *candidates: Candidate) -> SearchResult:
     return SearchResult(problem, "best_of_n(4)", candidates, 0, Spend(), "model", "seed", prompt_ids=(7, 8))
 
 
+def solved(problem: Problem, text: str) -> list[str]:
+    """What the text says that it solves besides its own problem."""
+    return [text.split("solves ")[1]] if "solves " in text else []
+
+
 def chosen(
     results: list[tuple[int, SearchResult]],
     config: Select = ALL,
@@ -61,7 +66,7 @@ def chosen(
         seed=seed,
         round_number=round_number,
         held_out=held_out.__contains__,
-        solved_keys=lambda _, text: [text.split("solves ")[1]] if "solves " in text else [],
+        solved_keys=solved,
         earlier=earlier,
     )
 
@@ -228,6 +233,7 @@ def control(plain: list[tuple[int, SearchResult]], like: Selection) -> Selection
         solution_key=lambda _, text: text,
         seed=0,
         held_out=frozenset({"secret"}).__contains__,
+        solved_keys=solved,
     )
 
 
@@ -254,6 +260,14 @@ def test_the_random_control_has_equal_rows_and_near_equal_tokens() -> None:
     assert control(plain, like).rows == selection.rows
     with pytest.raises(TrainingError, match="needs 100 correct plain samples and has 8"):
         control(plain[:1], like)
+
+
+def test_the_random_control_shows_no_solution_of_a_held_out_problem() -> None:
+    like = chosen(many(4, 2))
+    plain = [(1, result(f"p{p}", *[answer("solves secret", num_ids=3)] * 8, *[answer("s")] * 4)) for p in range(4)]
+    selection = control(plain, like)
+    assert {row.solution for row in selection.rows} == {"s"}
+    assert selection.counts["solves_held_out"] == 32
 
 
 def test_matching_tokens_only_ever_swaps() -> None:
@@ -303,6 +317,13 @@ def test_near_duplicates_survive_a_changed_word() -> None:
     assert (found.train, found.held_out) == (1, 1)
     assert float(found.shared) >= 0.8
     assert near_duplicates(["Natalia sold 48 books and bought a bicycle with the money"], [QUESTION]) == []
+
+
+def test_a_duplicate_is_found_behind_a_more_similar_question_about_other_numbers() -> None:
+    other_numbers = QUESTION.replace("48", "50")
+    same_numbers = QUESTION.replace("clips?", "pins?").replace("half as", "twice as")
+    (found,) = near_duplicates([QUESTION], [other_numbers, same_numbers], threshold=0.4)
+    assert found.held_out == 1
 
 
 def test_text_checks_read_the_training_texts_once() -> None:
