@@ -55,7 +55,7 @@ def damage(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         for name, (size, digest) in manifest.items():
             path = checkpoint / name
-            if path.stat().st_size != size or _sha256(path) != digest:
+            if path.stat().st_size != size or sha256_of(path) != digest:
                 return f"{name} is not what was written"
         if f"checkpoint-{state['global_step']}" != checkpoint.name:
             return f"{STATE} is of step {state['global_step']}"
@@ -68,7 +68,7 @@ def damage(checkpoint: Path) -> str | None:
 def seal(checkpoint: Path) -> None:
     """Write the manifest of a finished checkpoint."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
-    manifest = {str(p.relative_to(checkpoint)): (p.stat().st_size, _sha256(p)) for p in files}
+    manifest = {str(p.relative_to(checkpoint)): (p.stat().st_size, sha256_of(p)) for p in files}
     _write(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -84,7 +84,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex."""
-    return _sha256(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -92,11 +93,6 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
         step = path.name.removeprefix("checkpoint-")
         if step.isdecimal() and path.is_dir():
             yield int(step), path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

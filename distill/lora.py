@@ -24,7 +24,7 @@ def load_trainable(init: Path, base: Path | None, config: Distill, model: Model,
     """The policy at `init` with the parameters of `config.method` trainable, on the CPU. Raises ModelError.
 
     "full" trains a full model (an adapter is merged first); "lora" goes on with the adapter at `init`, or adds a
-    fresh one to a full model. Weights to be trained are float32 unless the configuration names a type.
+    fresh one to a full model. Weights to be trained are float32, whatever type they are stored in and go back to.
     """
     policy = _load_full(base_of(init, base), model, _weight_type(config, model, device))
     if config.method == "full":
@@ -115,10 +115,15 @@ def _load_full(place: Path, model: Model, dtype: torch.dtype | str) -> Any:
 
 
 def _weight_type(config: Distill, model: Model, device: str) -> torch.dtype | str:
-    """A frozen base may stay in its own type; on the CPU float32 is faster and exact."""
+    """A frozen base may stay in its own type; on the CPU float32 is faster and exact.
+
+    Weights that are trained whole are float32: most updates of a usual learning rate are below bfloat16's resolution.
+    """
+    if config.method == "full":
+        return torch.float32
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
-    return "auto" if config.method == "lora" and device != "cpu" else torch.float32
+    return "auto" if device != "cpu" else torch.float32
 
 
 def _hub(place: Path, model: Model) -> dict[str, Any]:

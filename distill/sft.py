@@ -74,7 +74,7 @@ def train(
         "rows": checkpoints.sha256_of(rows),
         "config": config.model_dump(mode="json"),
         "model": model.model_dump(mode="json"),
-        "weights": {p.name: p.stat().st_size for p in sorted(init_model.glob("*.safetensors"))},
+        "weights": {p.name: checkpoints.sha256_of(p) for p in sorted(init_model.glob("*.safetensors"))},
         "seed": seed,
     }
     micro_batch_size = config.micro_batch_size

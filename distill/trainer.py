@@ -282,7 +282,9 @@ def write_trl_yaml(
     if config.method == "lora":
         data |= {"use_peft": True, "lora_r": config.lora.rank, "lora_alpha": config.lora.alpha}
         data |= {"lora_dropout": config.lora.dropout, "lora_target_modules": config.lora.target_modules}
-    if model.dtype != "auto":
+    if config.method == "full":
+        data["dtype"] = "float32"
+    elif model.dtype != "auto":
         data["dtype"] = model.dtype
     notes = "# `trl sft --config trl.yaml`, run in this folder, trains on the same rows in another random order.\n"
     if config.optimizer == "muon":

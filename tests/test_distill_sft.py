@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from configs.schema import Distill, Lora, Model
@@ -258,6 +258,13 @@ def test_a_model_goes_back_to_the_type_it_is_stored_in(rows: Path, base: Path, t
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
+def test_trained_weights_are_float32_whatever_type_the_model_runs_in(base: Path, tmp_path: Path) -> None:
+    model = Model(dtype="bfloat16")
+    for config in (CONFIG, LORA):
+        policy = lora.load_trainable(base, base, config, model, "cpu")
+        assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_lora_trains_an_adapter_that_merges(rows: Path, base: Path, tmp_path: Path) -> None:
     before = (base / "model.safetensors").read_bytes()
     report = run(rows, base, tmp_path / "out", LORA)
@@ -383,6 +390,16 @@ def test_checkpoints_of_another_training_are_not_used(rows: Path, base: Path, tm
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["resumed_from_step"] == 0
     run(other, base, tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_checkpoints_from_other_initial_weights_are_not_used(rows: Path, base: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    weights_file = other / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(weights_file).items()}, weights_file, {"format": "pt"})
+    assert weights_file.stat().st_size == (base / "model.safetensors").stat().st_size
+    interrupted(rows, base, tmp_path / "out", CONFIG, step=9)
+    run(rows, other, tmp_path / "out", CONFIG)
+    assert json.loads((tmp_path / "out" / "timing.json").read_text())["resumed_from_step"] == 0
 
 
 def test_a_resume_that_does_no_step_is_an_error(rows: Path, base: Path, tmp_path: Path) -> None:
