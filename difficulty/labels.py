@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import DataError
-from search.types import Grade, SearchResult
+from search.types import Finish, Grade, SearchResult
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+TRUNCATED = (Finish.LENGTH, Finish.OVERFLOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class Posterior:
 def count_samples(results: Iterable[SearchResult], num_plain: int | None = None) -> Counts:
     """Counts over the first `num_plain` candidates of every result; None where all are plain samples (stored pools).
 
-    Several results of one problem are added up. A truncated answer is wrong, an ungraded one is left out, and so is a
-    problem without any graded sample. Raises DataError where results come from different policies: a label belongs
-    to one.
+    Several results of one problem are added up. A truncated answer is wrong. Left out are answers without a grade,
+    answers that the engine failed on or the search did not let end, and problems of which no sample is left. Raises
+    DataError where results come from different policies: a label belongs to one.
     """
     counts: dict[str, tuple[int, int]] = {}
     model = ""
@@ -57,7 +58,7 @@ def count_samples(results: Iterable[SearchResult], num_plain: int | None = None)
             raise DataError(f"difficulty labels mix policies {model} and {result.model}; label one policy at a time")
         model = result.model
         plain = result.candidates[:num_plain]
-        graded = [c for c in plain if not c.complete or c.grade in (Grade.CORRECT, Grade.WRONG)]
+        graded = [c for c in plain if c.finish in TRUNCATED or (c.complete and c.grade in (Grade.CORRECT, Grade.WRONG))]
         right = sum(c.complete and c.grade is Grade.CORRECT for c in graded)
         if graded:
             before = counts.get(result.problem.key, (0, 0))

@@ -41,7 +41,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """The chosen model, and predictions of every problem by models that were neither fitted to it nor chosen by it."""
+    """The chosen model, and predictions of every problem by models not fitted to it nor chosen by its own error."""
 
     name: str  # of the chosen representation
     penalty: float
@@ -77,10 +77,11 @@ def _choose(scores: Mapping[str, Floats], rates_P: Floats, weights_P: Floats) ->
 def _honest_rates(
     scores: Mapping[str, Floats], rates_P: Floats, weights_P: Floats, folds_P: NDArray[np.intp]
 ) -> Floats:
-    """Calibrated predictions [P] in which a problem's own label had no say in the model, nor in its choice.
+    """Calibrated predictions [P] by weights that a problem's own label had no say in.
 
     Choosing among dozens of models by the very errors that are then reported makes noise look like a signal, so each
-    fold uses the choice of the other folds.
+    fold uses the choice and the calibration of the other folds' errors. (The models behind those errors did see this
+    fold's labels; a fully nested validation would cost five times as much.)
     """
     honest = np.empty(len(rates_P))
     for fold in range(NUM_FOLDS):

@@ -11,6 +11,10 @@ MARKS = {
     "right": Candidate(finish=Finish.EOS, answer="7", grade=Grade.CORRECT),
     "wrong": Candidate(finish=Finish.EOS, answer="8", grade=Grade.WRONG),
     "cut": Candidate(finish=Finish.LENGTH, answer=None, grade=Grade.WRONG),
+    "no room": Candidate(finish=Finish.OVERFLOW, answer=None, grade=Grade.WRONG),
+    "engine failed": Candidate(finish=Finish.ERROR, answer=None, grade=Grade.WRONG),
+    "cancelled": Candidate(finish=Finish.CANCELLED, answer=None, grade=Grade.WRONG),
+    "unfinished": Candidate(finish=Finish.STOP, answer=None, grade=Grade.WRONG),
     "ungraded": Candidate(finish=Finish.EOS, answer=None, grade=Grade.UNGRADED),
     "never graded": Candidate(finish=Finish.EOS, answer="7", grade=None),
 }
@@ -24,6 +28,11 @@ def result(key, marks, model="m"):
 def test_only_plain_graded_samples_count():
     found = labels.count_samples([result("a", ["right", "cut", "ungraded", "wrong", "right", "right"])], num_plain=4)
     assert (found.keys, found.successes_P.tolist(), found.totals_P.tolist()) == (("a",), [1], [3])
+
+
+def test_a_sample_that_the_policy_did_not_get_to_finish_says_nothing():
+    found = labels.count_samples([result("a", ["right", "engine failed", "cancelled", "unfinished", "no room"])])
+    assert (found.successes_P.tolist(), found.totals_P.tolist()) == ([1], [2])
 
 
 def test_pools_add_up_and_problems_without_graded_samples_are_left_out():
