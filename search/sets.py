@@ -1,8 +1,8 @@
 """The problems of one round, drawn once at its start and written down, so that a file that grows moves nothing.
 
 Held-out sets of a file are frozen in round 0: rows that are appended later join the training split. Generated tasks
-draw a fresh gate set each round. The training slice of a round takes problems never searched before; when they are
-used up it recycles, unsolved first.
+draw a fresh gate set each round. The training slice of a round takes problems never searched before; where those of a
+file are used up it recycles, unsolved first.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def _take_from_file(
         sets = {split: _shuffled(config, split, held_out[split])[: limits.get(split)] for split in HELD_OUT}
         return sets | {"search": []}
     held_out = set(json.loads((frozen / "held_out.json").read_text(encoding="utf-8")))
-    everything = [problem for split in SPLITS for problem in task.problems(split)]
+    # A test file of its own stays one: what is appended to it is never trained on.
+    sources = [split for split in SPLITS if split != "test" or getattr(config.task, "test_path", None) is None]
+    everything = [problem for split in sources for problem in task.problems(split)]
     training = [problem for problem in everything if problem.key not in held_out]
     sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
     alike = overlapping(training, [problem for split in HELD_OUT for problem in sets[split]])

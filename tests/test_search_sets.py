@@ -79,6 +79,23 @@ def test_appended_rows_join_training_and_move_nothing(tmp_path):
     assert len(whole["search"]) == 400 - len(json.loads((frozen / "held_out.json").read_text()))
 
 
+def test_what_is_appended_to_a_test_file_is_never_trained_on(tmp_path):
+    def config(num_test):
+        config = file_config(tmp_path, 200)
+        rows = [{"question": f"Test {i}: what is {i} minus 1?", "answer": str(i - 1)} for i in range(num_test)]
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = config.task.model_copy(update={"test_path": str(tmp_path / "test.jsonl")})
+        search = config.search.model_copy(update={"problems": 1000})
+        return config.model_copy(update={"task": task, "search": search})
+
+    frozen = tmp_path / "round-000"
+    before = sets_of(config(20), 0, None, out=frozen)
+    after = sets_of(config(50), 1, frozen)
+    assert after["test"] == before["test"]
+    assert not {p.key for p in load_task(config(50)).problems("test")} & set(after["search"])
+    assert len(after["search"]) == 220 - len(held_out_keys(frozen))
+
+
 def problems(num):
     return [Problem(f"p{i}", f"p{i}") for i in range(num)]
 
