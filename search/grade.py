@@ -56,10 +56,7 @@ def grade_file(
 
     Raises DataError (naming the line) for a row that cannot be graded; nothing is written then.
     """
-    if task not in TASKS:
-        raise DataError(f"no task '{task}' to grade: choose one of {', '.join(TASKS)}")
-    assert answer_type in get_args(AnswerType)
-    kind: AnswerType = {"gsm8k": "number", "math": "math"}.get(task, answer_type)  # type: ignore[assignment]
+    kind = _kind(task, answer_type)
     rows = _read(Path(path), generated=task in ("countdown", "arithmetic"), answer_type=kind)
     graded = _grade_generated(task, rows, str(path)) if task in ("countdown", "arithmetic") else _grade(rows, kind)
     marks = [[extract(text, kind).marked > 1 for text in row.responses] for row in rows]
@@ -77,9 +74,7 @@ def grader_of(
 
     Raises DataError for a name that is no task.
     """
-    if name not in TASKS:
-        raise DataError(f"no task '{name}' to grade: choose one of {', '.join(TASKS)}")
-    kind: AnswerType = {"gsm8k": "number", "math": "math"}.get(name, answer_type)  # type: ignore[assignment]
+    kind = _kind(name, answer_type)
 
     def grade(pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
         if name in ("countdown", "arithmetic"):
@@ -90,6 +85,15 @@ def grader_of(
             return pool.grade(golds, kind, [p.question for p, _ in pairs])
 
     return grade
+
+
+def _kind(task: str, answer_type: AnswerType) -> AnswerType:
+    """How a task compares answers. Raises DataError for a name that is no task."""
+    if task not in TASKS:
+        raise DataError(f"no task '{task}' to grade: choose one of {', '.join(TASKS)}")
+    assert answer_type in get_args(AnswerType)
+    fixed: dict[str, AnswerType] = {"gsm8k": "number", "math": "math"}
+    return fixed.get(task, answer_type)
 
 
 def _read(path: Path, *, generated: bool, answer_type: AnswerType) -> list[_Row]:

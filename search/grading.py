@@ -301,8 +301,8 @@ class _Supervisor:
 
     def _lose(self, worker: _Worker, why: str) -> None:
         """End a worker. A job it died over is tried once more, for it may have been killed from outside (or before it
-        began), and so is one that found no memory, which earlier answers may have taken. A second failure, or the clock,
-        leaves the job ungraded. A worker never ready counts against the next start.
+        began), and so is one that found no memory, which earlier answers may have taken. A second failure, or the
+        clock, leaves the job ungraded. A worker never ready counts against the next start.
         """
         code = worker.exit_code(2.0 if why == "crash" else 0.0)
         if code == -signal.SIGXCPU:
