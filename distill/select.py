@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ FILTERS = (
 )
 SHOWN_LEAKS = 20
 MATCHING_PASSES = 20
+SPARE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +268,7 @@ def draw_replay(replay: Iterable[Row], num_rows: int, share: float, seed: int) -
 
 @dataclass(slots=True)
 class _Draw:
-    """Rows drawn for the control and as many spare ones, in random order."""
+    """Rows drawn for the control and up to SPARE times as many others, in random order."""
 
     rows: list[Row]
     spare: list[Row]
@@ -298,11 +300,12 @@ def select_control(
             f"the control needs {len(searched)} correct plain samples and has {len(draw.rows)} "
             f"({dict(draw.counts)}): draw more plain samples"
         )
-    rows = match_tokens(draw.rows, draw.spare, sum(row.tokens for row in searched))
+    wanted = sum(row.tokens for row in searched)
+    rows = match_tokens(draw.rows, draw.spare, wanted)
     distinct = {identity(row.key, row.solution) for row in rows}
     return Selection(
         rows=(*sorted(rows, key=lambda row: (row.key, row.solution)), *(r for r in like.rows if r.source == "replay")),
-        counts=dict(draw.counts),
+        counts={**draw.counts, "kept": len(rows), "tokens": sum(row.tokens for row in rows), "tokens_wanted": wanted},
         distinct_solutions=len(distinct),
         problems_solved=len({row.key for row in rows}),
         new_rows=0,
@@ -339,7 +342,7 @@ def _draw(
                         Row(problem.key, prompt, candidate.ids, "search", number, solution),
                     )
 
-    drawn = [row for _, _, row in heapq.nsmallest(2 * num_rows, usable(), key=lambda entry: entry[:2])]
+    drawn = [row for _, _, row in heapq.nsmallest((1 + SPARE) * num_rows, usable(), key=lambda entry: entry[:2])]
     return _Draw(drawn[:num_rows], drawn[num_rows:], counts)
 
 
@@ -351,7 +354,7 @@ def match_tokens(rows: Sequence[Row], spare: Sequence[Row], target: int) -> list
     rows, spare, total = list(rows), list(spare), sum(row.tokens for row in rows)
     for attempt in range(MATCHING_PASSES):
         order = rng("match_tokens", attempt).sample(range(len(rows)), len(rows))
-        for index, other in zip(order, range(len(spare)), strict=False):
+        for other, index in zip(range(len(spare)), cycle(order), strict=False):
             change = spare[other].tokens - rows[index].tokens
             if abs(total + change - target) < abs(total - target):
                 rows[index], spare[other], total = spare[other], rows[index], total + change

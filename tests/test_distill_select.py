@@ -262,6 +262,16 @@ def test_the_random_control_has_equal_rows_and_near_equal_tokens() -> None:
         control(plain[:1], like)
 
 
+def test_the_random_control_reaches_the_tokens_of_longer_rows() -> None:
+    like = chosen([(1, result(f"p{p}", answer(f"s{p}", num_ids=35))) for p in range(100)])
+    plain = [(1, result(f"p{p}", *(answer("s", num_ids=10 if n < 6 else 40) for n in range(8)))) for p in range(100)]
+    selection = control(plain, like)
+    assert len(selection.rows) == 100
+    assert selection.tokens == pytest.approx(like.tokens, rel=0.01)
+    assert selection.counts["tokens_wanted"] == like.tokens
+    assert selection.counts["kept"] == 100
+
+
 def test_the_random_control_shows_no_solution_of_a_held_out_problem() -> None:
     like = chosen(many(4, 2))
     plain = [(1, result(f"p{p}", *[answer("solves secret", num_ids=3)] * 8, *[answer("s")] * 4)) for p in range(4)]
