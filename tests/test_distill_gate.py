@@ -8,6 +8,7 @@ import pytest
 from configs.schema import Gate, GuardSet
 from distill.gate import Comparison, Evidence, Guard, Verdict, decide, gather
 from search import stats
+from search.results import write_results
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 
 CONFIG = Gate(problems=1000, coverage_problems=200, coverage_samples=4, coverage_k=4)
@@ -192,12 +193,12 @@ def test_the_gate_has_the_power_its_mde_promises():
 
 
 def write(path, solved_by_key, num=1):
-    with path.open("w") as file:
-        for key, right in solved_by_key.items():
-            grades = [Grade.CORRECT] * right + [Grade.WRONG] * (num - right)
-            candidates = tuple(Candidate((1,), "7", Finish.EOS, answer="7", grade=g) for g in grades)
-            result = SearchResult(Problem(key, key, "7"), "greedy", candidates, 0, Spend(samples=num), "f", "0/gate")
-            file.write(json.dumps(result.to_json()) + "\n")
+    results = []
+    for key, right in solved_by_key.items():
+        grades = [Grade.CORRECT] * right + [Grade.WRONG] * (num - right)
+        candidates = tuple(Candidate((1,), "7", Finish.EOS, answer="7", grade=g) for g in grades)
+        results.append(SearchResult(Problem(key, key, "7"), "greedy", candidates, 0, Spend(samples=num), "f", "0/gate"))
+    write_results(results, path)
 
 
 @pytest.fixture
@@ -242,7 +243,7 @@ def test_a_damaged_file_rejects(folders, name, damage):
 def test_ungraded_answers_are_counted(folders):
     path = folders[1] / "greedy-gate.jsonl"
     lines = path.read_text().splitlines()
-    lines[-6:] = [line.replace('"grade": "wrong"', '"grade": "ungraded"') for line in lines[-6:]]
+    lines[-6:] = [line.replace('"grade":"wrong"', '"grade":"ungraded"') for line in lines[-6:]]
     path.write_text("\n".join(lines) + "\n")
     found = gather(GUARDED, *folders, look=1, training_rows=9, min_rows=5)
     assert found.ungraded_share == pytest.approx(6 / 300)

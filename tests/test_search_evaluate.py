@@ -5,7 +5,7 @@ import pytest
 
 from search import evaluate, stats
 from search.errors import DataError
-from search.results import read_results
+from search.results import read_results, write_results
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 
 
@@ -29,7 +29,7 @@ def result(key, candidates, selected=0):
 def write(tmp_path):
     def write(name, results):
         path = tmp_path / name
-        path.write_text("".join(json.dumps(r.to_json()) + "\n" for r in results))
+        write_results(results, path)
         return path
 
     return write
