@@ -207,8 +207,7 @@ def _run_job(
     return run_shards(
         job.problems,
         job.plan,
-        task,
-        Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed, task.end_text),
+        Sampler(engine, task, sampling.temperature, sampling.max_new_tokens, seed),
         out / job.folder,
         shard_problems=job.shard_problems,
         progress=progress,

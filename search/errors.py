@@ -11,6 +11,7 @@
     |  `- DiskError              (OSError)     no space, or a folder that cannot be written
     |- BudgetExceeded            a strategy asked for more than its budget; the scheduler ends it cleanly
     |- EngineError               the engine failed in the middle of a search
+    |- VerifierError             a verifier's scores cannot be used: that problem is marked failed
     |- CorruptArtefact           a committed file no longer matches its manifest
     |- TrainingError             non-finite loss, no trainable tokens, no steps: the old model is kept
     `- StageFailed               a stage's child process ended with an error
@@ -70,6 +71,10 @@ class BudgetExceeded(RatchetError):
 
 class EngineError(RatchetError):
     """The engine failed; what was finished before is kept."""
+
+
+class VerifierError(RatchetError):
+    """A verifier returned no usable score for a problem; it is marked failed, and nothing votes."""
 
 
 class CorruptArtefact(RatchetError):

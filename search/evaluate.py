@@ -22,7 +22,6 @@ from search.stats import Estimate
 from search.types import Candidate, Grade, SearchResult, Spend
 
 RULES = ("pass", "gold", "majority", "best_of_n", "best_of_n_weighted")
-_COUNTS = ("samples", "generated_tokens", "prefilled_tokens", "cached_tokens", "verifier_tokens")
 SCORED_RULES = ("best_of_n", "best_of_n_weighted")
 
 
@@ -203,8 +202,11 @@ def read_pool(paths: Paths, ks: Sequence[int], rules: Sequence[str] = ("pass", "
 
 def scale(spend: Spend, factor: float) -> Spend:
     """A spend times a factor; counts are rounded to whole ones."""
-    count = {f: round(getattr(spend, f) * factor) for f in _COUNTS}
-    return Spend(**count, flops_ideal=spend.flops_ideal * factor, flops_actual=spend.flops_actual * factor)
+    scaled: dict[str, Any] = {
+        name: value * factor if isinstance(value, float) else round(value * factor)
+        for name, value in spend.to_json().items()
+    }
+    return Spend(**scaled)
 
 
 # ---------------------------------------------------------------- summaries

@@ -1,19 +1,44 @@
-"""The metered handle through which ONE problem's strategy asks the policy.
+"""The metered handles through which ONE problem's strategy asks the policy and the verifier.
 
-It owns the random stream, counts the Spend where it happens, and refuses what the budget cannot pay: a strategy can
-neither overspend nor misreport. Every question to the policy is an `Ask`, which the scheduler merges with those of
+They own the random streams, count the Spend where it happens, and refuse what the budget cannot pay: a strategy can
+neither overspend nor misreport. Every question is an `Ask` or a `Question`, which the scheduler merges with those of
 other problems into full batches.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.errors import BudgetExceeded
+from search.errors import BudgetExceeded, VerifierError
+from search.prompts import prompt_ids
 from search.randomness import key64
-from search.types import Budget, Candidate, Continuation, Engine, Finish, Problem, Request, Spend
+from search.trace import Trace
+from search.types import (
+    Aggregation,
+    Budget,
+    Candidate,
+    Continuation,
+    Engine,
+    Finish,
+    Problem,
+    Request,
+    Scored,
+    ScoreRequest,
+    Spend,
+    Task,
+    Verifier,
+)
+
+AGGREGATE = {
+    "last": lambda scores: scores[-1],
+    "min": min,
+    "prod": math.prod,
+    "mean": lambda scores: math.fsum(scores) / len(scores),
+}
 
 
 class Ask:
@@ -28,81 +53,200 @@ class Ask:
         return self.reply
 
 
+class Question:
+    """What one strategy wants scored, waiting for the verifier."""
+
+    def __init__(self, requests: Sequence[ScoreRequest]):
+        self.requests = requests
+        self.reply: list[Scored] = []
+
+    def __await__(self) -> Generator[Question, None, list[Scored]]:
+        yield self
+        return self.reply
+
+
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """How answers are drawn in one stage: shared by all its problems."""
 
     engine: Engine
+    task: Task
     temperature: float
-    max_new_tokens: int
+    max_new_tokens: int  # of one answer, all its steps together
     seed: tuple[object, ...]  # (loop seed, stage, split): first parts of every random key
-    end_text: str | None = None  # what ends an answer besides EOS: a base model starts the next few-shot question
 
 
 class Policy:
-    """Ask the policy about one problem. `spend` is what it has cost so far."""
+    """Ask the policy about one problem.
 
-    def __init__(self, problem: Problem, prompt_ids: Sequence[int], sampler: Sampler, budget: Budget):
+    `spend` is what the problem has cost so far, the verifier included. `finished` holds every answer that came to its
+    end: what is left where the budget runs out in the middle.
+    """
+
+    def __init__(self, problem: Problem, sampler: Sampler, budget: Budget, trace: Trace | None = None):
         self.problem = problem
-        self.prompt_ids = tuple(prompt_ids)
+        self.prompt_ids = tuple(prompt_ids(sampler.task, sampler.engine.tokenizer, problem))
         self.spend = Spend()
+        self.finished: list[Candidate] = []
+        self.trace = trace
         self._sampler = sampler
         self._budget = budget
-        self._drawn: dict[str, int] = {}  # candidates drawn from each stream
+        self._drawn: Counter[str] = Counter()  # candidates drawn from each stream
+        self._whole = 0  # answers drawn whole
+        self._width: Counter[int] = Counter()  # steps generated at each depth
+        self._prompts: list[tuple[int, ...]] = []  # prompts computed so far, for the ideal FLOPs
+
+    # ------------------------------------------------------------ candidates
+
+    def start(self, num: int, *, stream: str = "tree", attempts: Sequence[Candidate] = ()) -> list[Candidate]:
+        """`num` empty candidates, each with a random stream of its own; nothing is spent yet.
+
+        Successive calls on one stream continue it. `attempts`: earlier answers shown in the prompt, oldest first.
+        """
+        first = self._drawn[stream]
+        self._drawn[stream] += num
+        shown: tuple[int, ...] = ()
+        if attempts:
+            texts = [a.text for a in attempts]
+            shown = tuple(prompt_ids(self._sampler.task, self._sampler.engine.tokenizer, self.problem, texts))
+        return [
+            Candidate(path=(n,), prompt_ids=shown, key=key64(*self._sampler.seed, self.problem.key, stream, n))
+            for n in range(first, first + num)
+        ]
+
+    def fork(self, candidate: Candidate, num: int) -> list[Candidate]:
+        """`num` copies that go on independently."""
+        first = self._drawn[f"fork/{candidate.key}/{len(candidate.ids)}"]
+        self._drawn[f"fork/{candidate.key}/{len(candidate.ids)}"] += num
+        children = [
+            replace(candidate, path=(*candidate.path, n), key=key64(candidate.key, len(candidate.ids), n))
+            for n in range(first, first + num)
+        ]
+        if self.trace:
+            for child in children:
+                self.trace.fork(candidate, child)
+        return children
+
+    def answers(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates with their canonical answers read, without a look at the gold one."""
+        found = iter(self._sampler.task.answers([(self.problem, c.text) for c in candidates if c.complete]))
+        return [replace(c, answer=next(found)) if c.complete else c for c in candidates]
+
+    # ------------------------------------------------------------ generation
 
     async def sample(self, num: int, *, temperature: float | None = None, stream: str = "sample") -> list[Candidate]:
         """`num` whole answers. Successive calls on one stream continue it: 4 and then 12 are the same 16.
 
         Raises BudgetExceeded before spending anything.
         """
-        max_new_tokens = self._affordable(num)
-        first = self._drawn.get(stream, 0)
-        self._drawn[stream] = first + num
+        return await self.finish(self.start(num, stream=stream), temperature=temperature)
+
+    async def step(self, candidates: Sequence[Candidate], *, temperature: float | None = None) -> list[Candidate]:
+        """Each candidate one step further. Raises BudgetExceeded before spending anything."""
+        return await self._grow(candidates, self._sampler.task.step_delimiter, temperature)
+
+    async def finish(self, candidates: Sequence[Candidate], *, temperature: float | None = None) -> list[Candidate]:
+        """Each candidate to its end. Raises BudgetExceeded before spending anything."""
+        return await self._grow(candidates, None, temperature)
+
+    async def look_ahead(self, candidates: Sequence[Candidate], num_steps: int) -> list[Candidate]:
+        """Each candidate `num_steps` greedy steps further, or to its end: to be scored and thrown away.
+
+        Every rollout costs `num_steps` samples of its width, ended early or not (section 5.3: N (k + 1)).
+        Raises BudgetExceeded before spending anything.
+        """
+        rolled = [replace(c, key=key64(c.key, "lookahead")) for c in candidates]
+        if self.trace:
+            for candidate, copy in zip(candidates, rolled, strict=True):
+                self.trace.fork(candidate, copy)
+        charged = Counter[int]()
+        for candidate in candidates:
+            charged[max(0, len(candidate.step_ends) - 1)] += num_steps
+        self._charge_samples(0, charged)
+        for _ in range(num_steps):
+            going = [i for i, candidate in enumerate(rolled) if candidate.open]
+            if not going:
+                break
+            stop = self._sampler.task.step_delimiter
+            grown = await self._ask([rolled[i] for i in going], stop, 0.0, kind="lookahead")
+            for i, candidate in zip(going, grown, strict=True):
+                rolled[i] = candidate
+        return rolled
+
+    async def _grow(
+        self, candidates: Sequence[Candidate], stop: str | None, temperature: float | None
+    ) -> list[Candidate]:
+        assert all(c.open for c in candidates), "a candidate that ended cannot be continued"
+        whole = 0 if stop else sum(not c.step_ends for c in candidates)
+        depths = Counter(len(c.step_ends) for c in candidates if stop or c.step_ends)
+        self._affordable(len(candidates))
+        self._charge_samples(whole, depths)
+        grown = await self._ask(candidates, stop, temperature, kind="step" if stop else "answer")
+        self.finished += [c for c in grown if c.complete]
+        return grown
+
+    async def _ask(
+        self, candidates: Sequence[Candidate], stop: str | None, temperature: float | None, *, kind: str
+    ) -> list[Candidate]:
+        if not candidates:
+            return []
+        sampler, room = self._sampler, self._affordable(len(candidates))
         requests = [
             Request(
-                prefix=self.prompt_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=self._sampler.temperature if temperature is None else temperature,
-                key=key64(*self._sampler.seed, self.problem.key, stream, first + i),
-                stop=self._sampler.end_text,
+                prefix=(c.prompt_ids or self.prompt_ids) + c.ids,
+                max_new_tokens=min(room, sampler.max_new_tokens - len(c.ids)),
+                temperature=sampler.temperature if temperature is None else temperature,
+                key=c.key,
+                stop=stop or sampler.task.end_text,
             )
-            for i in range(num)
+            for c in candidates
         ]
         continuations = await Ask(requests)
-        self._charge(continuations, num_samples=num)
-        tokenizer = self._sampler.engine.tokenizer
-        ended = [end_at(c, self._sampler.end_text, tokenizer) for c in continuations]
-        return [
-            Candidate(c.ids, tokenizer.decode(c.ids, skip_special_tokens=True), c.finish, logprob=c.logprob)
-            for c in ended
+        self._charge(candidates, continuations)
+        tokenizer = sampler.engine.tokenizer
+        grown = [
+            extended(c, new, tokenizer, sampler.task.end_text, stepwise=stop is not None)
+            for c, new in zip(candidates, continuations, strict=True)
         ]
+        if self.trace:
+            for before, after in zip(candidates, grown, strict=True):
+                self.trace.grow(before, after, kind)
+        return grown
+
+    # ------------------------------------------------------------ accounting
+
+    def _charge_samples(self, whole: int, steps: Counter[int]) -> None:
+        width = self._width + steps
+        samples = self._whole + whole + max(width.values(), default=0)
+        if self._budget.unit == "samples" and samples > self._budget.amount:
+            raise BudgetExceeded(
+                f"{samples - self.spend.samples} more samples asked for, "
+                f"{self._budget.amount - self.spend.samples:g} of {self._budget.amount:g} left"
+            )
+        self._whole, self._width = self._whole + whole, width
+        self.spend = replace(self.spend, samples=samples)
 
     def _affordable(self, num: int) -> int:
-        """The token limit that `num` more answers may have each. Raises BudgetExceeded."""
-        limit = self._sampler.max_new_tokens
+        """The token limit that `num` more continuations may have each. Raises BudgetExceeded."""
         match self._budget.unit:
             case "samples":
-                left = self._budget.amount - self.spend.samples
-                if num > left:
-                    raise BudgetExceeded(f"{num} more samples asked for, {left:g} of {self._budget.amount:g} left")
-                return limit
+                return self._sampler.max_new_tokens
             case "tokens":
                 left = self._budget.amount - self.spend.generated_tokens
             case "flops":
                 flops_per_token = 2 * self._sampler.engine.facts.flops_parameters
-                left = (self._budget.amount - self.spend.flops_ideal) / flops_per_token
-                left -= len(self.prompt_ids) if not self.spend.samples else 0
+                left = (self._budget.amount - self.spend.flops_ideal) / max(1, flops_per_token)
+                left -= 0 if self._prompts else len(self.prompt_ids)
         if left < num:
-            raise BudgetExceeded(f"{num} more samples asked for, {left:g} tokens left of the budget {self._budget}")
-        return min(limit, int(left // num))
+            raise BudgetExceeded(f"{num} more answers or steps asked for, {left:g} tokens left of {self._budget}")
+        return min(self._sampler.max_new_tokens, int(left // num))
 
-    def _charge(self, continuations: Sequence[Continuation], num_samples: int) -> None:
+    def _charge(self, candidates: Sequence[Candidate], continuations: Sequence[Continuation]) -> None:
         flops_per_token = 2 * self._sampler.engine.facts.flops_parameters
         generated = sum(len(c.ids) for c in continuations)
         prefilled = sum(c.prefilled_tokens for c in continuations)
-        distinct = generated + (0 if self.spend.samples else len(self.prompt_ids))
+        distinct = generated + sum(self._new_prompt_tokens(p) for p in {c.prompt_ids for c in candidates})
         self.spend += Spend(
-            samples=num_samples,
             generated_tokens=generated,
             prefilled_tokens=prefilled,
             cached_tokens=sum(c.cached_tokens for c in continuations),
@@ -110,12 +254,124 @@ class Policy:
             flops_actual=float(flops_per_token * (generated + prefilled)),
         )
 
+    def _new_prompt_tokens(self, own: tuple[int, ...]) -> int:
+        """Tokens of a prompt that no earlier prompt of this problem began with."""
+        prompt = own or self.prompt_ids
+        if prompt in self._prompts:
+            return 0
+        shared = max((_common_prefix(prompt, known) for known in self._prompts), default=0)
+        self._prompts.append(prompt)
+        return len(prompt) - shared
 
-def end_at(continuation: Continuation, end_text: str | None, tokenizer: Any) -> Continuation:
-    """An answer that ran into `end_text` ends with EOS at the last token before it, as if the policy had ended it."""
-    if end_text is None or continuation.finish is not Finish.STOP:
-        return continuation
-    ids = continuation.ids
-    length = tokenizer.decode(ids, skip_special_tokens=True).find(end_text)
-    num = next(n for n in range(len(ids), -1, -1) if len(tokenizer.decode(ids[:n], skip_special_tokens=True)) <= length)
-    return replace(continuation, ids=(*ids[:num], tokenizer.eos_token_id), finish=Finish.EOS)
+
+class Scorer:
+    """Ask the verifier about one problem; the cost lands in the policy's `spend`. Equal steps are scored once."""
+
+    def __init__(self, verifier: Verifier, policy: Policy, delimiter: str):
+        self.facts = verifier.facts
+        self._policy = policy
+        self._delimiter = delimiter
+        self._known: dict[ScoreRequest, Scored] = {}
+
+    async def score(
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        attempts: Sequence[Sequence[Candidate]] = (),
+        aggregation: Aggregation | None = None,
+    ) -> list[Candidate]:
+        """The candidates with `step_scores` and `score`; a truncated or failed one keeps none.
+
+        `attempts[n]`: the answers that candidate n was shown. An outcome verifier scores finished answers only.
+        Raises VerifierError for scores that cannot be used.
+        """
+        aggregate = AGGREGATE[aggregation or self.facts.aggregation]
+        requests: dict[int, ScoreRequest] = {}
+        for i, candidate in enumerate(candidates):
+            if candidate.complete or (candidate.open and self.facts.process):
+                shown = tuple(a.text for a in attempts[i]) if attempts else ()
+                requests[i] = ScoreRequest(self._policy.problem, steps_of(candidate, self._delimiter), shown)
+        new = [request for request in dict.fromkeys(requests.values()) if request not in self._known]
+        if new:
+            for request, scored in zip(new, await Question(new), strict=True):
+                self._check(request, scored)
+                self._charge(request, scored)
+        scored_all = list(candidates)
+        for i, request in requests.items():
+            scores = self._known[request].scores
+            scored_all[i] = replace(candidates[i], step_scores=scores, score=aggregate(scores))
+            if self._policy.trace:
+                self._policy.trace.score(scored_all[i])
+        return scored_all
+
+    def _check(self, request: ScoreRequest, scored: Scored) -> None:
+        expected = len(request.steps) if self.facts.process else 1
+        key = self._policy.problem.key
+        if len(scored.scores) != expected:
+            raise VerifierError(
+                f"problem '{key}': the verifier returned {len(scored.scores)} scores for {expected} steps; check its "
+                "step separator"
+            )
+        if bad := [s for s in scored.scores if not (math.isfinite(s) and -1e-6 <= s <= 1 + 1e-6)]:
+            raise VerifierError(f"problem '{key}': the verifier returned the score {bad[0]}, which is not in 0..1")
+
+    def _charge(self, request: ScoreRequest, scored: Scored) -> None:
+        before = [replace(request, steps=request.steps[:n]) for n in range(len(request.steps) - 1, 0, -1)]
+        shared = next((self._known[r].tokens for r in before if r in self._known), 0)
+        if not shared and any(r.attempts == request.attempts for r in self._known):
+            shared = scored.prompt_tokens
+        self._known[request] = scored
+        ideal = 2.0 * self.facts.flops_parameters * max(0, scored.tokens - shared)
+        actual = 2.0 * self.facts.flops_parameters * scored.computed_tokens
+        self._policy.spend += Spend(
+            verifier_tokens=scored.computed_tokens,
+            flops_ideal=ideal,
+            flops_actual=actual,
+            verifier_flops_ideal=ideal,
+            verifier_flops_actual=actual,
+        )
+
+
+# ---------------------------------------------------------------- texts and ids
+
+
+def steps_of(candidate: Candidate, delimiter: str) -> tuple[str, ...]:
+    """The step texts, delimiters included: as they were searched, else split at the delimiter."""
+    if candidate.text_ends:
+        return candidate.steps
+    pieces = [piece + delimiter for piece in candidate.text.split(delimiter)]
+    pieces[-1] = pieces[-1].removesuffix(delimiter)
+    return tuple(piece for piece in pieces if piece) or ("",)
+
+
+def extended(
+    candidate: Candidate, new: Continuation, tokenizer: Any, end_text: str | None, *, stepwise: bool
+) -> Candidate:
+    """The candidate with what the engine added. A stop that brought no token is the engine's failure."""
+    finish = Finish.ERROR if not new.ids and new.finish in (Finish.STOP, Finish.EOS) else new.finish
+    ids = candidate.ids + new.ids
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if end_text is not None and finish in (Finish.STOP, Finish.EOS) and end_text in text:
+        ids, text = ended_at(ids, text.find(end_text), tokenizer)
+        finish = Finish.EOS
+    logprob = None if new.logprob is None else (candidate.logprob or 0.0) + new.logprob
+    step_ends, text_ends = candidate.step_ends, candidate.text_ends
+    if stepwise or step_ends:
+        step_ends = (*(e for e in step_ends if e < len(ids)), len(ids))
+        text_ends = (*text_ends[: len(step_ends) - 1], len(text))
+    return replace(
+        candidate, ids=ids, text=text, finish=finish, step_ends=step_ends, text_ends=text_ends, logprob=logprob
+    )
+
+
+def ended_at(ids: tuple[int, ...], length: int, tokenizer: Any) -> tuple[tuple[int, ...], str]:
+    """The ids that decode to at most `length` characters, ended by EOS as if the policy had ended there; their text."""
+    for num in range(len(ids), -1, -1):
+        text = tokenizer.decode(ids[:num], skip_special_tokens=True)
+        if len(text) <= length:
+            return (*ids[:num], tokenizer.eos_token_id), text
+    raise AssertionError("no ids decode to no text")
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -43,6 +43,24 @@ def write_results(results: Sequence[SearchResult], path: Path) -> None:
     temporary.replace(path)
 
 
+def append_result(result: SearchResult, path: Path) -> None:
+    """One more line of a file that grows while a shard is searched."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def read_partial(path: Path) -> list[SearchResult]:
+    """What `append_result` wrote; a last line that a kill cut off is dropped, and cut from the file."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        with path.open("r+b") as file:
+            file.truncate(sum(map(len, whole)))
+    return [SearchResult.from_json(json.loads(line)) for line in whole]
+
+
 def merge_shards(folder: Path, path: Path) -> None:
     """One file of a folder's shards, which goes. Interrupted, it is done again."""
     if not folder.is_dir():

@@ -1,7 +1,8 @@
 """Stage: problems -> graded results, in shards of fixed membership that are committed one by one.
 
-A shard that was interrupted is redone whole; since its batches depend on nothing but its problems, it comes out the
-same. Memory holds one shard.
+On a synchronous engine a shard that was interrupted is redone whole; since its batches depend on nothing but its
+problems, it comes out the same. On a streaming engine, where nothing comes out the same twice, the finished problems
+of an interrupted shard are kept and the rest is done. Memory holds one shard.
 """
 
 from __future__ import annotations
@@ -9,16 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from search.answers import Rule
-from search.policy import Ask, Policy, Sampler
-from search.results import read_results, write_results
-from search.scheduler import run_together
-from search.types import Budget, Candidate, Finish, Grade, Problem, SearchResult, Spend, Task, Verifier
+from search.errors import BudgetExceeded, VerifierError
+from search.policy import Ask, Policy, Question, Sampler, Scorer
+from search.results import append_result, read_partial, read_results, write_results
+from search.scheduler import Tick, run_together
+from search.trace import Trace
+from search.types import (
+    Budget,
+    Candidate,
+    Engine,
+    Finish,
+    Grade,
+    Graded,
+    Problem,
+    SearchResult,
+    Spend,
+    StreamingEngine,
+    Task,
+    Verifier,
+)
 
-Strategy = Callable[[Problem, Policy, "Verifier | None", Budget], Coroutine[Ask, None, list[Candidate]]]
+Strategy = Callable[[Problem, Policy, "Scorer | None", Budget], Coroutine["Ask | Question", None, list[Candidate]]]
 Progress = Callable[..., None]
+Found = tuple[list[Candidate], "str | None"]  # the answers, and why the search failed, if it did
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,89 +47,182 @@ class Plan:
     rule: Rule
 
 
-def prompt_ids(task: Task, tokenizer: Any, problem: Problem) -> list[int]:
-    """The prompt's token ids: text is encoded as the tokenizer does by default, messages go through the template."""
-    prompt = task.prompt(problem)
-    if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt))
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
-
-
 def search(
-    problems: Sequence[Problem], plan: Plan, task: Task, sampler: Sampler, verifier: Verifier | None = None
+    problems: Sequence[Problem],
+    plan: Plan,
+    sampler: Sampler,
+    verifier: Verifier | None = None,
+    *,
+    max_tokens: int | None = None,
+    on_tick: Callable[[Tick], None] | None = None,
+    on_result: Callable[[SearchResult], None] | None = None,
+    traces: Sequence[Trace] | None = None,
 ) -> list[SearchResult]:
-    """Run the plan on all problems together and grade every candidate. Raises EngineError."""
-    engine = sampler.engine
-    policies = [Policy(p, prompt_ids(task, engine.tokenizer, p), sampler, plan.budget) for p in problems]
-    coroutines = [plan.strategy(p, policy, verifier, plan.budget) for p, policy in zip(problems, policies, strict=True)]
-    candidates_P_N = grade(task, problems, run_together(coroutines, engine))
-    return [
-        SearchResult(
-            problem=problem,
-            strategy=plan.name,
-            candidates=tuple(candidates_N),
-            selected=plan.rule(candidates_N),
-            spend=policy.spend,
-            model=engine.facts.fingerprint,
-            seed="/".join(str(part) for part in sampler.seed),
-            approximate=not engine.capabilities.token_ids,
-            prompt_ids=policy.prompt_ids,
-        )
-        for problem, policy, candidates_N in zip(problems, policies, candidates_P_N, strict=True)
-    ]
+    """Run the plan on all problems together and grade every candidate.
+
+    A problem that `max_tokens` left unfinished is missing from the results; one that failed carries its reason and
+    selects nothing. `on_result` gets each result as soon as its problem is done. Raises EngineError.
+    """
+    recorders: Sequence[Trace | None] = traces or [None] * len(problems)
+    policies = [Policy(p, sampler, plan.budget, t) for p, t in zip(problems, recorders, strict=True)]
+    results: dict[int, SearchResult] = {}
+
+    def finished(indices: Sequence[int], found: Sequence[Found]) -> None:
+        graded = grade(sampler.task, [problems[i] for i in indices], [candidates for candidates, _ in found])
+        for i, candidates_N, (searched, failed) in zip(indices, graded, found, strict=True):
+            results[i] = _result(plan, policies[i], sampler, candidates_N, failed)
+            if (trace := recorders[i]) is not None:
+                trace.finish(zip(searched, candidates_N, strict=True), results[i].selected)
+
+    def done(i: int, found: Found) -> None:
+        finished([i], [found])
+        if on_result:
+            on_result(results[i])
+
+    found_P = run_together(
+        [_search_one(policy, plan, sampler, verifier) for policy in policies],
+        sampler.engine,
+        verifier,
+        max_tokens=max_tokens,
+        on_done=done if on_result else None,
+        on_tick=on_tick,
+    )
+    if not on_result:  # graded together, which is faster
+        there = [i for i, found in enumerate(found_P) if found is not None]
+        finished(there, [found for found in found_P if found is not None])
+    return [results[i] for i in sorted(results)]
+
+
+async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Verifier | None) -> Found:
+    """One problem. What concerns it alone ends it alone, with what is finished."""
+    longest = sampler.engine.facts.max_length
+    if len(policy.prompt_ids) >= longest:
+        return [], f"its prompt has {len(policy.prompt_ids)} tokens, and the model's context only {longest}"
+    scorer = Scorer(verifier, policy, sampler.task.step_delimiter) if verifier else None
+    try:
+        return await plan.strategy(policy.problem, policy, scorer, plan.budget), None
+    except BudgetExceeded:
+        return policy.finished, None
+    except VerifierError as error:
+        return policy.finished, str(error)
+
+
+def _result(
+    plan: Plan, policy: Policy, sampler: Sampler, candidates: Sequence[Candidate], failed: str | None
+) -> SearchResult:
+    if not failed and candidates and all(c.finish is Finish.ERROR for c in candidates):
+        failed = f"the engine returned nothing for any of its {len(candidates)} candidates"
+    return SearchResult(
+        problem=policy.problem,
+        strategy=plan.name,
+        candidates=tuple(candidates),
+        selected=None if failed else plan.rule(candidates),
+        spend=policy.spend,
+        model=sampler.engine.facts.fingerprint,
+        seed="/".join(str(part) for part in sampler.seed),
+        approximate=not sampler.engine.capabilities.token_ids,
+        prompt_ids=policy.prompt_ids,
+        failed=failed,
+    )
 
 
 def grade(task: Task, problems: Sequence[Problem], candidates_P_N: list[list[Candidate]]) -> list[list[Candidate]]:
     """Every candidate with its answer and grade. One that is not complete is wrong, whatever it says."""
-    pairs = [
+    golden = [
         (problem, candidate.text)
         for problem, candidates in zip(problems, candidates_P_N, strict=True)
         for candidate in candidates
+        if problem.answer is not None
     ]
-    verdicts = iter(task.grade(pairs))
-    return [
-        [
-            replace(
-                c,
-                answer=verdict.answer if c.finish is Finish.EOS else None,
-                grade=verdict.grade if c.finish is Finish.EOS else Grade.WRONG,
+    verdicts = iter(task.grade(golden))
+    graded: list[list[Candidate]] = []
+    for problem, candidates in zip(problems, candidates_P_N, strict=True):
+        if problem.answer is not None:
+            graded.append([_graded(c, next(verdicts)) for c in candidates])
+        else:  # nothing to grade against: the answers are read
+            found = task.answers([(problem, c.text) for c in candidates])
+            graded.append(
+                [replace(c, answer=a if c.complete else None) for c, a in zip(candidates, found, strict=True)]
             )
-            for c, verdict in zip(candidates, verdicts, strict=False)
-        ]
-        for candidates in candidates_P_N
-    ]
+    return graded
+
+
+def _graded(candidate: Candidate, verdict: Graded) -> Candidate:
+    if not candidate.complete:
+        return replace(candidate, answer=None, grade=Grade.WRONG)
+    return replace(candidate, answer=verdict.answer, grade=verdict.grade)
 
 
 def run_shards(
     problems: Sequence[Problem],
     plan: Plan,
-    task: Task,
     sampler: Sampler,
     out: Path,
     *,
     shard_problems: int,
+    verifier: Verifier | None = None,
     progress: Progress | None = None,
     max_tokens: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Spend:
     """Write `out/shard-00000.jsonl`, ... and return their spend. Shards already there are kept.
 
-    Ends cleanly after `max_tokens` generated tokens, with the shards that are finished. `part` = (i, n): only every
-    n-th shard from the i-th on, for process i of n.
+    `max_tokens`: a hard cap on the generated tokens; what is finished under it is written. `part` = (i, n): only every
+    n-th shard from the i-th on, for process i of n. `progress(done, total, tokens=, steps=)`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    total, done = Spend(), 0
+    total, done, steps = Spend(), 0, 0
     for number, start in enumerate(range(0, len(problems), shard_problems)):
         if number % part[1] != part[0]:
             continue
-        if max_tokens is not None and total.generated_tokens >= max_tokens:
+        left = None if max_tokens is None else max_tokens - total.generated_tokens
+        if left is not None and left <= 0:
             break
-        path = out / f"shard-{number:05d}.jsonl"
-        results = None if path.exists() else search(problems[start : start + shard_problems], plan, task, sampler)
-        if results is not None:
-            write_results(results, path)
-        total = sum((r.spend for r in results or read_results(path)), total)
-        done += min(shard_problems, len(problems) - start)
+        path, shard = out / f"shard-{number:05d}.jsonl", problems[start : start + shard_problems]
+        tick = Tick()
+
+        def report(now: Tick, done: int = done, before: Spend = total, steps: int = steps) -> None:
+            nonlocal tick
+            tick = now
+            if progress:
+                tokens = before.generated_tokens + now.tokens
+                progress(done + now.finished, len(problems), tokens=tokens, steps=steps + now.steps)
+
+        if not path.exists():
+            write_results(_shard(shard, plan, sampler, verifier, path, left, report), path)
+            path.with_suffix(".partial").unlink(missing_ok=True)
+        total = sum((r.spend for r in read_results(path)), total)
+        done, steps = done + len(shard), steps + tick.steps
         if progress:
-            progress(done, len(problems), tokens=total.generated_tokens)
+            progress(done, len(problems), tokens=total.generated_tokens, steps=steps)
     return total
+
+
+def _shard(
+    problems: Sequence[Problem],
+    plan: Plan,
+    sampler: Sampler,
+    verifier: Verifier | None,
+    path: Path,
+    max_tokens: int | None,
+    on_tick: Callable[[Tick], None],
+) -> list[SearchResult]:
+    """The results of one shard, in the order of its problems."""
+    engine: Engine = sampler.engine
+    if not isinstance(engine, StreamingEngine):
+        return search(problems, plan, sampler, verifier, max_tokens=max_tokens, on_tick=on_tick)
+    partial = path.with_suffix(".partial")
+    kept = {result.problem.key: result for result in read_partial(partial)}
+    if max_tokens is not None:
+        max_tokens -= sum(result.spend.generated_tokens for result in kept.values())
+    new = search(
+        [p for p in problems if p.key not in kept],
+        plan,
+        sampler,
+        verifier,
+        max_tokens=max_tokens,
+        on_tick=on_tick,
+        on_result=lambda result: append_result(result, partial),
+    )
+    kept |= {result.problem.key: result for result in new}
+    return [kept[p.key] for p in problems if p.key in kept]

@@ -1,47 +1,214 @@
 """Runs the strategies of many problems together and merges what they ask for into full batches.
 
-A strategy is a coroutine that awaits `Ask`s. A synchronous engine is called when every live coroutine waits, never
-on a timer, so the batches, and with them the results, are a pure function of the problems.
+A strategy is a coroutine that awaits `Ask`s and `Question`s. A synchronous engine is called when every live coroutine
+waits, never on a timer, so the batches, and with them the results, are a pure function of the problems. A streaming
+engine is fed as soon as there is something to ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from search.policy import Ask
-from search.types import Engine
+from search.errors import EngineError, VerifierError
+from search.policy import Ask, Question
+from search.types import Continuation, Engine, StreamingEngine, Verifier
 
 T = TypeVar("T")
+Searching = Coroutine["Ask | Question", None, T]
 
 
-def run_together(coroutines: Sequence[Coroutine[Ask, None, T]], engine: Engine) -> list[T]:
-    """Every coroutine's result, in order. Raises what a coroutine raises, and EngineError; the others are closed."""
-    results: dict[int, T] = {}
+@dataclass(slots=True)
+class Tick:
+    """How far a search is; handed to the progress callback after every answer of the engine."""
+
+    finished: int = 0  # problems
+    tokens: int = 0  # generated
+    steps: int = 0  # continuations: the size of all trees together
+
+
+def run_together(
+    coroutines: Sequence[Searching[T]],
+    engine: Engine,
+    verifier: Verifier | None = None,
+    *,
+    max_tokens: int | None = None,
+    on_done: Callable[[int, T], None] | None = None,
+    on_tick: Callable[[Tick], None] | None = None,
+) -> list[T | None]:
+    """Every coroutine's result, in order.
+
+    `max_tokens` is a hard cap on what is generated: a request is made only if it fits even at its full length; what
+    cannot be finished under it ends, with the result None. `on_done` gets each result as soon as it is there.
+    Raises what a coroutine raises, and EngineError; the others are closed, and an engine's work in flight cancelled.
+    """
+    run = (_Streaming if isinstance(engine, StreamingEngine) else _Batched)(
+        coroutines, engine, verifier, max_tokens, on_done, on_tick
+    )
     try:
-        waiting = _step([(i, coroutine, None) for i, coroutine in enumerate(coroutines)], results)
-        while waiting:
-            continuations = engine.extend([request for _, _, ask in waiting for request in ask.requests])
-            taken = 0
-            for _, _, ask in waiting:
-                ask.reply = continuations[taken : taken + len(ask.requests)]
-                taken += len(ask.requests)
-            assert taken == len(continuations), f"the engine answered {len(continuations)} of {taken} requests"
-            waiting = _step(waiting, results)
+        run.run()
     finally:
+        run.stop()
         for coroutine in coroutines:
             coroutine.close()
-    return [results[i] for i in range(len(coroutines))]
+    return [run.results.get(i) for i in range(len(coroutines))]
 
 
-def _step(
-    live: Sequence[tuple[int, Coroutine[Ask, None, T], Any]], results: dict[int, T]
-) -> list[tuple[int, Coroutine[Ask, None, T], Ask]]:
-    """Advance every coroutine to its next question; those that end leave their result."""
-    waiting: list[tuple[int, Coroutine[Ask, None, T], Ask]] = []
-    for i, coroutine, _ in live:
+class _Run(Generic[T]):
+    """What both ways share: who waits for what."""
+
+    def __init__(
+        self,
+        coroutines: Sequence[Searching[T]],
+        engine: Any,
+        verifier: Verifier | None,
+        max_tokens: int | None,
+        on_done: Callable[[int, T], None] | None,
+        on_tick: Callable[[Tick], None] | None,
+    ):
+        self.coroutines = coroutines
+        self.engine = engine
+        self.verifier = verifier
+        self.max_tokens = max_tokens
+        self.on_done = on_done
+        self.on_tick = on_tick
+        self.results: dict[int, T] = {}
+        self.asks: dict[int, Ask] = {}  # not yet with the engine
+        self.questions: dict[int, Question] = {}
+        self.reserved = 0  # tokens that requests in flight may still generate
+        self.tick = Tick()
+
+    def run(self) -> None:
+        for i in range(len(self.coroutines)):
+            self.advance(i)
+        while self.asks or self.questions or self.in_flight:
+            if self.questions:
+                self.answer()
+            elif not self.generate():
+                return
+
+    @property
+    def in_flight(self) -> bool:
+        return False
+
+    def generate(self) -> bool:
+        """Let the engine work; False where nothing can go on."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Leave nothing in flight."""
+
+    def advance(self, i: int) -> None:
+        """Run coroutine i to its next question."""
         try:
-            waiting.append((i, coroutine, coroutine.send(None)))
+            waits_for = self.coroutines[i].send(None)
         except StopIteration as end:
-            results[i] = end.value
-    return waiting
+            self.results[i] = end.value
+            self.tick.finished += 1
+            if self.on_done:
+                self.on_done(i, end.value)
+            return
+        if isinstance(waits_for, Ask):
+            self.asks[i] = waits_for
+        else:
+            self.questions[i] = waits_for
+
+    def answer(self) -> None:
+        """Put all waiting questions to the verifier in one batch."""
+        assert self.verifier is not None, "a strategy asked for scores without a verifier"
+        waiting = sorted(self.questions.items())
+        self.questions = {}
+        requests = [request for _, question in waiting for request in question.requests]
+        scored = self.verifier.score(requests)
+        if len(scored) != len(requests):
+            raise VerifierError(f"the verifier answered {len(scored)} of {len(requests)} requests: it is not usable")
+        taken = 0
+        for i, question in waiting:
+            question.reply = list(scored[taken : taken + len(question.requests)])
+            taken += len(question.requests)
+            self.advance(i)
+
+    def admit(self) -> list[tuple[int, Ask]]:
+        """The asks that may be made now, in the order of the problems."""
+        admitted: list[tuple[int, Ask]] = []
+        for i, ask in sorted(self.asks.items()):
+            needed = sum(request.max_new_tokens for request in ask.requests)
+            if self.max_tokens is None or self.tick.tokens + self.reserved + needed <= self.max_tokens:
+                self.reserved += needed
+                admitted.append((i, self.asks.pop(i)))
+        return admitted
+
+    def count(self, continuations: Sequence[Continuation], reserved: int) -> None:
+        self.reserved -= reserved
+        self.tick.tokens += sum(len(c.ids) for c in continuations)
+        self.tick.steps += len(continuations)
+
+    def tell(self) -> None:
+        if self.on_tick:
+            self.on_tick(self.tick)
+
+
+class _Batched(_Run[T]):
+    """A synchronous engine gets everything that waits, at once."""
+
+    def generate(self) -> bool:
+        admitted = self.admit()
+        if not admitted:
+            return False
+        requests = [request for _, ask in admitted for request in ask.requests]
+        continuations = self.engine.extend(requests)
+        if len(continuations) != len(requests):
+            raise EngineError(f"the engine answered {len(continuations)} of {len(requests)} requests")
+        self.count(continuations, sum(request.max_new_tokens for request in requests))
+        taken = 0
+        for i, ask in admitted:
+            ask.reply = continuations[taken : taken + len(ask.requests)]
+            taken += len(ask.requests)
+            self.advance(i)
+        self.tell()
+        return True
+
+
+class _Streaming(_Run[T]):
+    """A streaming engine gets every ask at once, and each coroutine goes on when its own ask is answered."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.owners: dict[int, tuple[int, int]] = {}  # ticket -> (coroutine, position in its ask)
+        self.pending: dict[int, tuple[Ask, dict[int, Continuation]]] = {}
+
+    @property
+    def in_flight(self) -> bool:
+        return bool(self.owners)
+
+    def generate(self) -> bool:
+        for i, ask in self.admit():
+            self.pending[i] = (ask, {})
+            tickets = self.engine.submit(ask.requests)
+            self.owners |= {ticket: (i, position) for position, ticket in enumerate(tickets)}
+        if not self.owners:
+            return False
+        finished = self.engine.collect()
+        if not finished:
+            raise EngineError(f"the engine has nothing in flight, but {len(self.owners)} requests are unanswered")
+        for ticket, continuation in finished:
+            i, position = self.owners.pop(ticket)
+            ask, replies = self.pending[i]
+            replies[position] = continuation
+            self.count([continuation], ask.requests[position].max_new_tokens)
+            if len(replies) == len(ask.requests):
+                del self.pending[i]
+                ask.reply = [replies[n] for n in range(len(replies))]
+                self.advance(i)
+        self.tell()
+        return True
+
+    def stop(self) -> None:
+        """Cancel what is in flight and take it back, so that the engine can serve another search."""
+        if not self.owners:
+            return
+        self.engine.cancel(list(self.owners))
+        while self.owners and (finished := self.engine.collect()):
+            for ticket, _ in finished:
+                self.owners.pop(ticket, None)

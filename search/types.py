@@ -304,11 +304,12 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A verifier's scores in [0, 1], one a step, and the tokens it computed and took from a cache for them."""
+    """A verifier's scores in [0, 1], one a step, and what they cost in its own tokens."""
 
     scores: tuple[float, ...]
-    prefilled_tokens: int = 0
-    cached_tokens: int = 0
+    tokens: int = 0  # of the whole input
+    prompt_tokens: int = 0  # of that, the part that every candidate of the problem shares
+    computed_tokens: int = 0  # what was really run: less than `tokens` where a cache served
 
 
 @dataclass(frozen=True, slots=True)

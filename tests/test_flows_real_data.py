@@ -62,9 +62,9 @@ def test_the_whole_path_with_real_problems(name, real_data, tiny_chat_model, tmp
     assert len(problems) == 12
 
     engine = load_engine(config, str(tiny_chat_model), task)
-    sampler = Sampler(engine, 1.0, 12, (0, "search/1", "train"))
+    sampler = Sampler(engine, task, 1.0, 12, (0, "search/1", "train"))
     plan = Plan("best_of_n(4)", best_of_n, Budget("samples", 4), answers.gold)
-    spend = run_shards(problems, plan, task, sampler, tmp_path / "search", shard_problems=5)
+    spend = run_shards(problems, plan, sampler, tmp_path / "search", shard_problems=5)
     results = list(read_results(tmp_path / "search"))
     assert [r.problem.key for r in results] == [p.key for p in problems]
     assert spend.samples == 48

@@ -24,13 +24,27 @@ class RecordingEngine(ScriptedEngine):
         return super().extend(requests)
 
 
+class EchoTask:
+    """The prompt is the question; the answer is the text."""
+
+    step_delimiter = "\n"
+
+    def __init__(self, end_text=None):
+        self.end_text = end_text
+
+    def prompt(self, problem):
+        return problem.question
+
+    def answers(self, pairs):
+        return [text or None for _, text in pairs]
+
+
 EIGHT = Budget("samples", 8)
 
 
 def policy_for(key, engine, budget=EIGHT, max_new_tokens=50):
     problem = Problem(key, key, "gold")
-    ids = engine.tokenizer.encode(key)
-    return Policy(problem, ids, Sampler(engine, 1.0, max_new_tokens, (0, "test", "train")), budget)
+    return Policy(problem, Sampler(engine, EchoTask(), 1.0, max_new_tokens, (0, "test", "train")), budget)
 
 
 def test_requests_of_all_problems_share_batches():
@@ -80,7 +94,7 @@ def test_four_and_then_four_samples_are_the_same_eight():
 def test_a_strategy_cannot_overspend(budget):
     engine = RecordingEngine()
     policy = policy_for("a", engine, budget)
-    with pytest.raises(BudgetExceeded, match="4 more samples"):
+    with pytest.raises(BudgetExceeded, match="4 more"):
         run_together([policy.sample(4)], engine)
     assert policy.spend.generated_tokens == 0
     assert engine.batches == []
@@ -170,8 +184,7 @@ def test_keys_are_joined_unambiguously():
 def test_an_answer_that_runs_into_the_next_question_ends_before_it():
     engine = RecordingEngine(lambda *_: "4\n\nQuestion: what else?")
     problem = Problem("a", "a", "4")
-    sampler = Sampler(engine, 1.0, 50, (0,), end_text="\n\nQuestion:")
-    policy = Policy(problem, engine.tokenizer.encode("a"), sampler, EIGHT)
+    policy = Policy(problem, Sampler(engine, EchoTask("\n\nQuestion:"), 1.0, 50, (0,)), EIGHT)
     ((candidate,),) = run_together([policy.sample(1)], engine)
     assert candidate.finish is Finish.EOS
     assert candidate.ids == (*b"4", engine.tokenizer.eos_token_id)

@@ -139,6 +139,10 @@ class FileTask:
         questions = [problem.question for problem, _ in pairs]
         return self._pool.grade([(p.answer, text) for p, text in pairs], self.answer_type, questions)
 
+    def answers(self, pairs: Sequence[tuple[Problem, str]]) -> list[str | None]:
+        """Canonical answers, the gold one unseen."""
+        return [graded.answer for graded in self._pool.grade([(None, text) for _, text in pairs], self.answer_type)]
+
     def solution_key(self, problem: Problem, text: str) -> str:
         """The numbers and formulas of a solution in their order; words, layout and typesetting do not count."""
         return solution_key(text)

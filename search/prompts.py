@@ -1,0 +1,25 @@
+"""From a problem to the token ids that every answer continues. The chat template is applied here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from search.types import Problem, Task
+
+REVISE = "This answer may be wrong. Look for a mistake, then write a complete, corrected answer."
+
+
+def prompt_ids(task: Task, tokenizer: Any, problem: Problem, attempts: Sequence[str] = ()) -> list[int]:
+    """The prompt's ids: text is encoded as the tokenizer does by default, messages go through the template.
+
+    `attempts`, oldest first, are shown as the turns of a chat, or as answers to the question asked again and again
+    (sequential revisions, Snell et al. section 6.1).
+    """
+    prompt = task.prompt(problem)
+    if isinstance(prompt, str):
+        return list(tokenizer.encode("".join(f"{prompt}{attempt.strip()}\n\n" for attempt in attempts) + prompt))
+    messages = list(prompt)
+    for attempt in attempts:
+        messages += [{"role": "assistant", "content": attempt}, {"role": "user", "content": REVISE}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
