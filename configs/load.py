@@ -121,7 +121,7 @@ def _explain(problem: Any, data: Mapping[str, Any]) -> str:
     return f"'{path}' = {shown!r}: {message[0].lower() + message[1:]}"
 
 
-_TAGS = {"countdown", "arithmetic", "gsm8k", "math", "jsonl", "scripted", "transformers", "vllm"}
+_TAGS = {"countdown", "arithmetic", "gsm8k", "math", "jsonl", "scripted", "transformers", "vllm", "server"}
 
 
 def _model_at(location: list[str], data: Mapping[str, Any]) -> type[BaseModel] | None:

@@ -5,9 +5,11 @@ A file in this folder is one loop; `configs.load` reads it. No heavy imports her
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -184,7 +186,53 @@ class VllmEngine(Section):
     enforce_eager: bool = False
 
 
-EngineConfig = Annotated[ScriptedEngine | TransformersEngine | VllmEngine, Field(discriminator="type")]
+class ServerEngine(Section):
+    """Any OpenAI-compatible completions server. It serves one policy: for search, eval and solve, not for rounds."""
+
+    type: Literal["server"]
+    url: str = Field(default="http://127.0.0.1:8000/v1", description="what clients call the base URL; http or https")
+    model: str | None = Field(default=None, description="as the server names it; default: the first it lists")
+    api_key_env: str | None = Field(default=None, description="NAME of the environment variable that holds the key")
+    tokenizer: str | None = Field(default=None, description="folder or hub name; default: the policy's")
+    policy: str | None = Field(
+        default=None, description="folder or hub name of the policy that is served, where the server does not tell"
+    )
+    max_concurrency: PositiveInt = Field(default=128, description="requests in flight; the rest wait here")
+    timeout_s: float = Field(default=600, gt=0, description="of one attempt, from sending to the last byte")
+    retries: int = Field(default=5, ge=0, description="of a request, after 429, 5xx, timeouts and broken connections")
+    backoff_s: float = Field(default=0.5, gt=0, description="wait before the first retry; doubles, with jitter")
+    max_length: PositiveInt | None = Field(default=None, description="context length; default: what the server tells")
+    flops_parameters: int | None = Field(
+        default=None, ge=0, description="parameters a token passes through; default: counted from the policy's config"
+    )
+    seeds: bool = Field(default=True, description="send a seed with every request")
+    stream: bool = Field(
+        default=False, description="receive tokens as they come: a cancelled request then counts what it had generated"
+    )
+    extra_body: dict[str, JsonValue] = Field(default={}, description="added to the body of every request")
+
+    @model_validator(mode="after")
+    def _safe(self) -> ServerEngine:
+        """Without echoing a value that may hold a secret: these messages are printed and logged."""
+        parts = urlsplit(self.url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("url holds a user name, password or query: name the variable of a key in api_key_env")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"url = '{self.url}' is no address: it begins with http:// or https:// and a host")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env is the NAME of an environment variable (OPENAI_API_KEY), never the key")
+        if taken := sorted(_OWN_FIELDS & self.extra_body.keys()):
+            raise ValueError(f"extra_body may not set {', '.join(taken)}: the search decides these for each request")
+        return self
+
+
+_OWN_FIELDS = frozenset(
+    {"model", "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "best_of", "echo", "suffix"}
+    | {"stream", "stream_options", "logprobs", "return_token_ids", "return_tokens_as_token_ids", "ignore_eos"}
+    | {"include_stop_str_in_output"}
+)
+
+EngineConfig = Annotated[ScriptedEngine | TransformersEngine | VllmEngine | ServerEngine, Field(discriminator="type")]
 
 
 # ---------------------------------------------------------------- stages
