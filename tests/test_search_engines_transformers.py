@@ -8,9 +8,10 @@ import torch
 
 from configs.schema import Model
 from configs.schema import TransformersEngine as EngineSettings
+from search.engines.drawing import uniform
 from search.engines.loading import flops_parameters
 from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
-from search.engines.transformers import TransformersEngine, uniform
+from search.engines.transformers import TransformersEngine
 from search.errors import ModelError
 from search.randomness import key64
 from search.tasks.tokenizer import build_tokenizer

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from configs.schema import Model
 from configs.schema import TransformersEngine as EngineSettings
+from search.engines.drawing import draw, signed, uniform
 from search.engines.loading import Loaded, load_model
 from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
 from search.types import Capabilities, Continuation, Finish, Request
@@ -181,7 +182,7 @@ class _Decoding:
         limits = [min(r.max_new_tokens, longest - len(r.prefix)) for r in self.requests]
         self.limits = torch.tensor(limits, device=device)
         self.starts = torch.tensor([len(r.prefix) for r in self.requests], device=device)
-        self.keys = torch.tensor([_signed(r.key) for r in self.requests], device=device)
+        self.keys = torch.tensor([signed(r.key) for r in self.requests], device=device)
         self.temperatures = torch.tensor([r.temperature for r in self.requests], device=device)
         self.stop_rows = torch.tensor([engine.stops.index(r.stop) for r in self.requests], device=device)
         self.ids = torch.zeros(len(self.order), max(limits), dtype=torch.long, device=device)
@@ -235,10 +236,7 @@ class _Decoding:
         if scores.shape[1] > stops.num_tokens:  # padding of the embedding: no token has these ids
             scores[:, stops.num_tokens :] = -math.inf
         temperatures = self.temperatures[rows]
-        scaled = scores / temperatures.clamp(min=1e-6)[:, None]
-        cumulative = scaled.softmax(-1).double().cumsum(-1)
-        draws = uniform(self.keys[rows], self.starts[rows] + step)[:, None] * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, draws, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
+        sampled = draw(scores, temperatures, uniform(self.keys[rows], self.starts[rows] + step))
         tokens = torch.where(temperatures > 0, sampled, scores.argmax(-1))
         picked = scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
 
@@ -328,25 +326,3 @@ def _growing_cache(config: Any, room: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [_GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Float64 in [0, 1) for each (64-bit key, position): splitmix64's finaliser over key + position * constant.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014). Signed arithmetic
-    wraps, so it gives the same bits; shifts are made logical by a mask.
-    """
-    z = keys + (positions + 1) * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    z = z ^ _shifted(z, 31)
-    return _shifted(z, 11).double() * 2.0**-53
-
-
-def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
-    return (z >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
