@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
+import math
 import os
 import shlex
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,9 +63,11 @@ def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
         with disk_errors(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(asdict(_myself(what))).encode(), 0)
-        yield
-        if os.getpid() == owner:
-            os.ftruncate(descriptor, 0)  # the file stays: unlinking a lock file lets two processes in
+        try:
+            yield
+        finally:
+            if os.getpid() == owner:  # also after an error: this process may live on, and would be named as the holder
+                os.ftruncate(descriptor, 0)  # the file stays: unlinking a lock file lets two processes in
     finally:
         if os.getpid() == owner:  # a fork that unwinds through here has closed its copy already
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # frees it also where a fork has not closed its copy yet
@@ -70,10 +75,32 @@ def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
             os.close(descriptor)
 
 
-def gpu_lock(runs_dir: Path, device: str, what: str, *, wait_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
-    """One process at a time on one GPU. `device`: its index or UUID, as CUDA_VISIBLE_DEVICES names it."""
-    safe = "".join(c if c.isalnum() else "-" for c in device)
-    return lock(runs_dir / f".gpu-{safe}.lock", what, wait_s=wait_s)
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, else by their number; asks no driver."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
+    if chosen is None or not numbers:
+        return [str(number) for number in numbers]
+    return list(itertools.takewhile(lambda device: device not in ("", "-1"), map(str.strip, chosen.split(","))))
+
+
+@contextlib.contextmanager
+def gpu_locks(devices: Sequence[str], what: str, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of every device, doing `what`; `waiting` is told once of each that is busy, then it is waited for.
+
+    GPUs belong to the machine, whatever the runs folder, so the locks lie in its temporary folder. Several are taken in
+    one order by everybody: nobody waits in a circle.
+    """
+    with contextlib.ExitStack() as held:
+        for device in sorted(set(devices)):
+            safe = "".join(c if c.isalnum() else "-" for c in device)
+            path = Path(tempfile.gettempdir(), f"ratchet-{os.getuid()}-gpu-{safe}.lock")
+            try:
+                held.enter_context(lock(path, what))
+            except LockedError as error:
+                waiting(f"waiting for GPU {device}: {error}")
+                held.enter_context(lock(path, what, wait_s=math.inf))
+        yield
 
 
 def holder(path: Path) -> Holder | None:

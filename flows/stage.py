@@ -19,6 +19,7 @@ from configs.schema import Config
 from flows import zygote
 from flows.child import emit, run_child
 from flows.driver import StageCall
+from flows.locks import gpu_locks, visible_gpus
 from flows.quiet import QUIET
 
 WHERE = {
@@ -26,6 +27,7 @@ WHERE = {
     "distill": "flows.learning",
     "gate": "flows.learning",
     "difficulty": "flows.predicting",
+    "sample": "flows.evaluation",
 }  # the other stages lie in flows.stages
 
 
@@ -70,16 +72,39 @@ class Stages:
             if event.get("event") == "progress":
                 progress(event["done"], event["total"], **event["info"])
 
-        run_child(
-            ["flows.stage", _spec(call)],
-            what=f"stage {call.out.name.removesuffix('.work')}",
-            log_path=call.out / "log.txt",
-            python=settings.python,
-            env=self._env,
-            timeout_s=settings.timeout_s,
-            on_event=on_event,
-            zygote=self._zygote,
-        )
+        name = call.out.name.removesuffix(".work")
+        with gpu_locks(used_gpus(call), f"stage {name} of {call.out.absolute().parent}", _tell):
+            run_child(
+                ["flows.stage", _spec(call)],
+                what=f"stage {name}",
+                log_path=call.out / "log.txt",
+                python=settings.python,
+                env=self._env,
+                timeout_s=settings.timeout_s,
+                on_event=on_event,
+                zygote=self._zygote,
+            )
+
+
+def used_gpus(call: StageCall) -> list[str]:
+    """The GPUs that a stage will run on; none on CPU. Training takes every one it sees, the engine the configured."""
+    engine = call.config.engine
+    if engine.type == "scripted":
+        return []
+    visible = visible_gpus()
+    if call.function == "distill" or engine.type == "vllm":
+        return visible
+    if engine.type != "transformers":  # a server has its own
+        return []
+    if engine.device == "auto":
+        return visible[:1]
+    kind, _, index = engine.device.partition(":")
+    first = int(index or 0)
+    return visible[first : first + 1] if kind == "cuda" else []
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _forks(config: Config) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.locks import gpu_lock, holder, lock
+from flows.locks import gpu_locks, holder, lock, visible_gpus
 from search.errors import DiskError, LockedError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +121,7 @@ def test_it_can_be_taken_again_and_again(tmp_path):
 def test_an_exception_inside_frees_it(tmp_path):
     with pytest.raises(ZeroDivisionError), lock(tmp_path / "lock", "x"):
         raise ZeroDivisionError
+    assert holder(tmp_path / "lock") is None, "this process lives on, but holds it no more"
     take(tmp_path / "lock")
     assert holder(tmp_path / "lock") is None
 
@@ -151,8 +152,57 @@ def test_a_folder_that_cannot_be_written_is_a_disk_error(tmp_path):
         take(Path("/proc/1/lock") if os.geteuid() else Path("/sys/kernel/lock"))
 
 
-def test_one_lock_per_gpu(tmp_path):
-    with gpu_lock(tmp_path, "0", "search"), gpu_lock(tmp_path, "GPU-8a/../x", "search"):
-        with pytest.raises(LockedError, match="search is being done"), gpu_lock(tmp_path, "0", "distill"):
-            raise AssertionError
-        assert {p.name for p in tmp_path.iterdir()} == {".gpu-0.lock", ".gpu-GPU-8a----x.lock"}
+@pytest.fixture
+def locks_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_one_lock_per_gpu_whatever_the_order(locks_folder):
+    told = []
+    with gpu_locks(["GPU-8a/../x", "0"], "search", told.append):
+        names = {path.name for path in locks_folder.iterdir()}
+        assert names == {f"ratchet-{os.getuid()}-gpu-{device}.lock" for device in ("0", "GPU-8a----x")}
+        with gpu_locks(["1"], "search", told.append):
+            pass
+        assert told == []
+        for name in names:
+            with pytest.raises(LockedError, match="search is being done"):
+                take(locks_folder / name)
+    with gpu_locks(["0"], "distill", told.append):
+        assert told == []
+
+
+def test_a_busy_gpu_is_waited_for_and_told_once(locks_folder, held):
+    path = locks_folder / f"ratchet-{os.getuid()}-gpu-0.lock"
+    path.touch()
+    os.link(path, locks_folder / "lock")  # the same file: `held` locks it
+    process = held()
+    assert process.stdout.readline() == "held\n"
+    told = []
+
+    def end_it(message):
+        told.append(message)
+        process.kill()
+
+    with gpu_locks(["0"], "distill", end_it):
+        assert len(told) == 1
+    assert told[0].startswith(f"waiting for GPU 0: round 3 of loop toy is being done by process {process.pid}")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "devices"),
+    [(None, ["0", "1"]), ("", []), ("-1", []), ("1", ["1"]), ("GPU-8a, 0", ["GPU-8a", "0"]), ("0,-1,1", ["0"])],
+)
+def test_the_gpus_that_can_be_seen(monkeypatch, chosen, devices):
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/nvidia1"), Path("/dev/nvidia0")])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == devices
+
+
+def test_without_a_gpu_none_is_seen(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_gpus() == []
