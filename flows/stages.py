@@ -199,7 +199,7 @@ def _run_job(
     each = int(job.plan.budget.amount)
     limit = config.search.max_tokens if job.stage.startswith("search/") else None
 
-    def progress(num_problems: int, _: int, *, tokens: int) -> None:
+    def progress(num_problems: int, _: int, *, tokens: int, **_more: object) -> None:
         tell({"samples": before.samples + num_problems * each, "tokens": before.generated_tokens + tokens})
 
     sampling = config.sampling
