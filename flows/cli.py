@@ -122,7 +122,7 @@ def eval_command(
     strategies: Annotated[str, typer.Option(help="comma-separated: greedy, pass, majority")] = "greedy,pass,majority",
     budgets: Annotated[str, typer.Option(help="samples per problem, comma-separated")] = "1,4,16,64",
     split: Annotated[str, typer.Option(help="validation or test (a look at the test set is counted)")] = "validation",
-    problems: Annotated[int, typer.Option(help="how many problems at most")] = 500,
+    problems: Annotated[int, typer.Option(min=1, help="how many problems at most")] = 500,
     pool: Annotated[Path | None, typer.Option(help="a JSONL file of samples made elsewhere")] = None,
     task: Annotated[str | None, typer.Option(help="with --pool: the task that grades them")] = None,
     report: Annotated[bool, typer.Option("--report", help="draw accuracy against samples")] = False,

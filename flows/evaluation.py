@@ -1,11 +1,14 @@
 """`ratchet eval`: accuracy against budget of a model, or of samples made elsewhere.
 
 JSON: {"task", "n", "ungraded", "results": [{"strategy", "budget", "accuracy", "se", "spend"}]}.
-Strategies that sample independently share one pool: every budget is computed from its subsets, without bias.
+Strategies that sample independently share one pool: every budget is computed from its subsets, without bias. Samples
+are drawn as a round's are, by a stage of its own (`sample`): in a child process, on all cores, holding the GPU's lock.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import Config
+from flows.child import signals_end_children
+from flows.driver import StageCall
+from flows.stage import Stages
+from flows.stages import Context, Inputs, greedy_job, pool_job, run_jobs, write_json
 from flows.state import Loop
-from search import answers, evaluate
-from search.engines import load_engine
+from search import evaluate
 from search.engines.reference import policy_path
-from search.errors import ConfigError, DataError
-from search.policy import Sampler
-from search.run import Plan, Progress, run_shards
-from search.sets import read_problems
-from search.strategies.best_of_n import best_of_n, greedy
+from search.errors import ConfigError, DataError, StageFailed
+from search.run import Progress
+from search.sets import read_problems, write_problems
 from search.tasks import load_task
-from search.types import Budget, Problem, Task
+from search.types import Problem, Task
 
 RULES = {"pass": "pass", "majority": "majority"}
 
@@ -53,34 +57,65 @@ def evaluate_model(
         raise ConfigError(f"--split {split}: expected validation or test")
     policy = _find_model(config, runs_dir, model)
     problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
+    if not problems:
+        raise DataError(f"--split {split}: the task has no problem in it; give more problems, or a larger share")
     if split == "test" and model in ("champion", "base"):
         with Loop.locked(runs_dir, config.loop.name, "an evaluation on the test set") as loop:
             loop.count_test_look()
-    engine = load_engine(config, policy, task)
-    sampling = config.sampling
-    seed = (config.loop.seed, "evaluate", f"pool-{split}")
-    sampler = Sampler(engine, sampling.temperature, sampling.max_new_tokens, seed, task.end_text)
     rows: list[evaluate.Row] = []
-    with tempfile.TemporaryDirectory(prefix="ratchet-eval-") as folder, _bar(len(problems)) as progress:
-        ungraded = 0
+    ungraded = 0
+    with _work_folder() as folder:
+        wanted = {"split": split, "greedy": "greedy" in request.strategies}
+        write_json(folder / "request.json", wanted | {"samples": max(request.budgets) if rules else 0})
+        write_problems(problems, folder / "problems.jsonl")
+        _sample_there(config, policy, folder, len(problems))
         if "greedy" in request.strategies:
-            plan = Plan("greedy", greedy, Budget("samples", 1), answers.first)
-            run_shards(problems, plan, task, sampler, Path(folder, "greedy"), shard_problems=250, progress=progress)
-            outcomes = evaluate.read_outcomes(sorted(Path(folder, "greedy").glob("*.jsonl")))
+            outcomes = evaluate.read_outcomes(sorted(folder.glob("eval/greedy-*/*.jsonl")))
             rows.append(evaluate.outcome_row("greedy", 1, outcomes))
             ungraded += outcomes.num_ungraded
         if rules:
-            largest = max(request.budgets)
-            plan = Plan(f"pool({largest})", best_of_n, Budget("samples", largest), answers.majority)
-            run_shards(problems, plan, task, sampler, Path(folder, "pool"), shard_problems=250, progress=progress)
-            figures = evaluate.read_pool(sorted(Path(folder, "pool").glob("*.jsonl")), request.budgets, rules)
+            figures = evaluate.read_pool(sorted(folder.glob("eval/pool-*/*.jsonl")), request.budgets, rules)
             rows += evaluate.table(figures)
             ungraded += figures.num_ungraded
-    engine.close()
     found = evaluate.to_json(task.name, len(problems), ungraded, rows)
     if report:
         _draw(found, runs_dir / config.loop.name / f"eval-{model.replace('/', '_')}-{split}.png")
     return found
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A temporary folder; it stays where a stage failed, since the error names the log in it."""
+    folder = Path(tempfile.mkdtemp(prefix="ratchet-eval-"))
+    keep = False
+    try:
+        yield folder
+    except StageFailed:
+        keep = True
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sample_there(config: Config, policy: Path, folder: Path, num_problems: int) -> None:
+    """Run the stage `sample` on what lies in the folder; its answers come into `eval/`."""
+    out = folder / "eval"
+    out.mkdir()
+    inputs = {"policy": policy, "request": folder}
+    call = StageCall("sample", 0, None, config, inputs, out, heavy=True, look=1)
+    with signals_end_children(), Stages(config) as stages, _bar(num_problems) as progress:
+        stages(call, progress)
+
+
+def sample(context: Context, inputs: Inputs, out: Path) -> None:
+    """The stage: greedy answers and a pool of samples of the problems, with the seeds that a round's evaluation has."""
+    request = json.loads((inputs["request"] / "request.json").read_text(encoding="utf-8"))
+    problems = read_problems(inputs["request"] / "problems.jsonl")
+    jobs = [greedy_job(request["split"], problems, "evaluate")] if request["greedy"] else []
+    if request["samples"]:
+        jobs.append(pool_job(request["split"], problems, request["samples"], "evaluate"))
+    run_jobs(context, inputs, out, jobs)
 
 
 def evaluate_pool(path: Path, task_name: str, request: Request) -> dict[str, Any]:
@@ -91,17 +126,19 @@ def evaluate_pool(path: Path, task_name: str, request: Request) -> dict[str, Any
     return evaluate_file(path, task_name, request.budgets, grader_of(task_name))
 
 
-def _find_model(config: Config, runs_dir: Path, model: str) -> str:
+def _find_model(config: Config, runs_dir: Path, model: str) -> Path:
+    """Where the model lies. Raises DataError, ModelError."""
     if model not in ("champion", "base"):
         if not Path(model).is_dir():
             raise DataError(f"--model {model}: no such folder; say champion, base, or a model folder")
-        return policy_path(Path(model))
-    loop = Loop.open(runs_dir, config.loop.name)
-    if model == "base":
-        return policy_path(loop.path / "round-000" / "base")
-    if loop.state.champion is None:
-        raise DataError(f"loop {config.loop.name} has no champion yet: run `ratchet round` first")
-    return policy_path(loop.resolve(loop.state.champion.policy))
+        place = Path(model)
+    else:
+        loop = Loop.open(runs_dir, config.loop.name)
+        if loop.state.champion is None:
+            raise DataError(f"loop {config.loop.name} has no champion yet: run `ratchet round` first")
+        place = loop.path / "round-000" / "base" if model == "base" else loop.resolve(loop.state.champion.policy)
+    policy_path(place)
+    return place
 
 
 def _problems(task: Task, split: Literal["validation", "test"], num: int, loop: Path) -> list[Problem]:
