@@ -1,23 +1,28 @@
 """`ratchet plan`: what the next round would do and cost, from the configuration and what earlier rounds took.
 
-Spends nothing: no model is loaded, nothing is written. Tokens are estimated from the mean length of the answers that
-earlier rounds drew, before that from sampling.max_new_tokens.
+Spends nothing: no model is loaded, nothing is sampled, the loop's folder stays as it is. The problems are drawn as the
+round would draw them, so their numbers are exact (a leak check of a large file takes seconds). Tokens are estimated
+from the mean length of the answers that earlier rounds drew, before that from sampling.max_new_tokens.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from flows.driver import read_metrics, wall_s
+from flows.driver import gate_set, read_metrics, wall_s
+from flows.folders import read_json
+from flows.stages import overlapping
 from flows.state import Loop, LoopState
 from search.errors import DataError
-from search.sets import read_outcomes
+from search.sets import HELD_OUT, Outcome, draw_sets, read_outcomes, take_slice
 from search.stats import minimum_detectable_effect
-from search.tasks import load_task
+from search.tasks import load_problems, load_task
+from search.types import Problem, Task
 
 ASSUMED_DISCORDANT = 0.2  # before any round was measured: share of gate problems on which two models differ
 
@@ -26,26 +31,28 @@ def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
     """Every figure of the plan, JSON-ready. Raises DataError."""
     try:
         loop: Loop | None = Loop.open(runs_dir, config.loop.name)
-        state = loop.state if loop else LoopState(config.loop.name, config.task.type)
+        state = loop.state
     except DataError:
         loop, state = None, LoopState(config.loop.name, config.task.type)
+    round_number = state.next_round if state.champion else 1
+    unfinished = loop.unfinished() if loop else None
     finished = [r for r in state.rounds if r.kind == "round" and r.verdict in ("promoted", "rejected")]
     last = loop.path / finished[-1].folder if loop and finished else None
-    samples = _samples(config)
+    sizes, problems = _problems(config, loop, round_number)
+    samples = _samples(config, sizes)
     length = _mean_length(last, config)
     tokens = {stage: round(n * length) for stage, n in samples.items()}
-    num_gate = config.gate.problems
+    num_gate = sizes["gate"]
     discordant = _discordant(last)
-    look = state.look("gate") if config.task.type not in ("countdown", "arithmetic") else 1
+    look = state.look(gate_set(config, round_number))
     alpha = config.gate.alpha / (look * (look + 1))
-    unfinished = loop.unfinished() if loop else None
     return {
         "loop": config.loop.name,
-        "round": state.next_round if state.champion else 1,
+        "round": round_number,
         "unfinished": unfinished.round if unfinished else None,
         "champion": state.champion.round if state.champion else None,
         "first_trains_base": state.champion is None,
-        "problems": _problems(config, loop, state),
+        "problems": problems,
         "samples": samples,
         "tokens": tokens,
         "mean_answer_tokens": round(length, 1),
@@ -62,16 +69,18 @@ def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
     }
 
 
-def _samples(config: Config) -> dict[str, int]:
-    gate = config.gate.problems + config.gate.coverage_problems * config.gate.coverage_samples
-    test = config.evaluate.test_problems + config.evaluate.pool_problems * config.evaluate.pool_samples
-    difficulty = config.difficulty.problems * config.difficulty.samples
-    search = config.search.problems * config.search.samples
+def _samples(config: Config, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Samples of each stage, from the sizes of the round's sets."""
+    gate = sizes["gate"] + min(config.gate.coverage_problems, sizes["gate"]) * config.gate.coverage_samples
+    gate += sizes["guards"]
+    test = sizes["test"] + min(config.evaluate.pool_problems, sizes["test"]) * config.evaluate.pool_samples
+    difficulty = (sizes["fit"] + sizes["validation"]) * config.difficulty.samples
+    search = sizes["search"] * config.search.samples
     return {"baseline": gate, "search": search, "evaluate": gate + test, "difficulty": difficulty}
 
 
 def _mean_length(last: Path | None, config: Config) -> float:
-    spend = _json(last / "search" / "spend.json") if last else {}
+    spend = read_json(last / "search" / "spend.json") if last else {}
     if spend.get("samples"):
         return spend["generated_tokens"] / spend["samples"]
     return float(config.sampling.max_new_tokens)
@@ -79,7 +88,7 @@ def _mean_length(last: Path | None, config: Config) -> float:
 
 def _flops(last: Path | None, tokens: dict[str, int]) -> float | None:
     """2 x parameters x generated tokens, with the parameters that the last search counted with."""
-    spend = _json(last / "search" / "spend.json") if last else {}
+    spend = read_json(last / "search" / "spend.json") if last else {}
     if not spend.get("generated_tokens"):
         return None
     per_token = spend["flops_actual"] / (spend["generated_tokens"] + spend["prefilled_tokens"])
@@ -93,28 +102,40 @@ def _discordant(last: Path | None) -> float:
     return ASSUMED_DISCORDANT
 
 
-def _problems(config: Config, loop: Loop | None, state: LoopState) -> dict[str, int | None]:
-    """How many training problems there are, were never searched, and were searched but not solved."""
-    folders = [loop.path / r.folder / "search" for r in state.rounds if r.kind == "round"] if loop else []
+def _problems(config: Config, loop: Loop | None, round_number: int) -> tuple[dict[str, int], dict[str, int | None]]:
+    """Sizes of the round's sets ("guards": of all guard sets), and how far the training problems have come."""
+    folders = [loop.path / r.folder / "search" for r in loop.state.rounds if r.kind == "round"] if loop else []
     outcomes = read_outcomes(path / "outcomes.json" for path in folders if (path / "outcomes.json").exists())
-    unsolved = sum(outcome.correct == 0 for outcome in outcomes.values())
+    frozen = loop.path / "round-000" / "problems" if loop else None
     task = load_task(config)
-    total = None if task.generated else len(task.problems("train"))
-    fresh = None if total is None else max(total - len(outcomes), 0)
-    return {
-        "this_round": min(config.search.problems, total) if total is not None else config.search.problems,
-        "training": total,
-        "never_searched": fresh,
+    sets, training = _draw(task, config, round_number, frozen if frozen and frozen.is_dir() else None, outcomes)
+    sizes = {name: len(problems) for name, problems in sets.items()}
+    if loop:  # an unfinished round has drawn its problems
+        sizes |= read_json(loop.path / f"round-{round_number:03d}" / "problems" / "counts.json")
+    sizes["guards"] = sum(len(load_problems(task, guard.path)) for guard in config.gate.guards)
+    return sizes, {
+        "this_round": sizes["search"],
+        "training": None if training is None else len(training),
+        "never_searched": None if training is None else sum(p.key not in outcomes for p in training),
         "searched": len(outcomes),
-        "unsolved": unsolved,
+        "unsolved": sum(outcome.correct == 0 for outcome in outcomes.values()),
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _draw(
+    task: Task, config: Config, round_number: int, frozen: Path | None, outcomes: Mapping[str, Outcome]
+) -> tuple[dict[str, list[Problem]], list[Problem] | None]:
+    """The sets that the round would draw and, of a file, every problem that it could train on."""
+    if task.generated:
+        return draw_sets(task, config, round_number, frozen, outcomes), None
+    unlimited = config.search.model_copy(update={"problems": sys.maxsize})
+    sets = draw_sets(task, config.model_copy(update={"search": unlimited}), round_number, frozen, {}, overlapping)
+    training = sets["search"]
+    if frozen is None:  # round 0 will hold these out, and searches nothing itself
+        first = task.problems("train")
+        alike = overlapping(first, [problem for name in HELD_OUT for problem in sets[name]])
+        training = [problem for problem in first if problem.key not in alike]
+    return sets | {"search": take_slice(training, config.search.problems, outcomes)}, training
 
 
 def show(plan: dict[str, Any]) -> None:

@@ -1,0 +1,77 @@
+"""`ratchet plan` tells what the next round would really see."""
+
+import json
+
+import pytest
+
+from configs import load
+from flows.observers import Silent
+from flows.plan import make_plan
+from flows.runner import Options, improve
+from flows.stages import overlapping
+from flows.state import Loop, RoundRecord
+from search.sets import draw_sets, read_outcomes, write_sets
+from search.tasks import load_task
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Writes a file of the first n problems. Example: rows(300)"""
+
+    def write(num: int) -> str:
+        names = ("apples", "boxes", "coins", "doors", "eggs")
+        lines = [
+            json.dumps({"question": f"Add {i} and {i * i} {names[i % 5]}: how many, {i**3}?", "answer": str(i + i * i)})
+            for i in range(num)
+        ]
+        path = tmp_path / "mine.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+def config_of(path: str):
+    data = {"loop": {"name": "mine"}, "task": {"type": "jsonl", "path": path}, "model": {"base": "somewhere"}}
+    data |= {"search": {"problems": 40}}
+    return load.parse(data)
+
+
+def test_rows_that_were_appended_are_training_problems(rows, tmp_path):
+    config = config_of(rows(300))
+    before = make_plan(config, tmp_path)["problems"]
+    loop = Loop.open(tmp_path, "mine", task="jsonl")
+    first = tmp_path / "mine" / "round-000" / "problems"
+    first.mkdir(parents=True)
+    sets = draw_sets(load_task(config), config, 0, None, {}, overlapping)
+    write_sets(load_task(config), sets, None, first)
+    loop.save()
+    assert make_plan(config, tmp_path)["problems"] == before
+    assert before["this_round"] == 40
+    assert before["training"] == before["never_searched"] == len(load_task(config).problems("train"))
+
+    config = config_of(rows(500))
+    after = make_plan(config, tmp_path)["problems"]
+    assert after["training"] == before["training"] + 200, "whatever split their hash would have given them"
+
+    folder = loop.begin_round("{}", round=1)
+    search = folder.path / "search"
+    search.mkdir()
+    drawn = draw_sets(load_task(config), config, 1, first, {}, overlapping)["search"]
+    outcomes = {p.key: [i % 2, 4] for i, p in enumerate(drawn)}
+    (search / "outcomes.json").write_text(json.dumps(outcomes))
+    loop.finish(folder, RoundRecord(1, "rejected", "no gain"))
+    later = make_plan(config, tmp_path)["problems"]
+    assert later == after | {"never_searched": after["training"] - 40, "searched": 40, "unsolved": 20}
+    assert len(read_outcomes([search / "outcomes.json"])) == 40
+
+
+def test_the_plan_is_what_the_round_then_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.runner.report", lambda loop, record: None)
+    config = load.load("smoke", ["search.problems=30", "gate.problems=250"])
+    plan = make_plan(config, tmp_path)
+    improve(config, Options(tmp_path), Silent())
+    for stage in ("baseline", "search", "evaluate", "difficulty"):
+        spend = json.loads((tmp_path / "smoke" / "round-001" / stage / "spend.json").read_text())
+        assert plan["samples"][stage] == spend["samples"], stage
+    assert plan["gate"]["problems"] == 250
