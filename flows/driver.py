@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from configs import load
 from configs.schema import Config
 from flows.artefacts import Manifest, StageDir, StageKey, code_version, sha256_json
-from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord
-from search.errors import TrainingError, UserError
+from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord, folder_name
+from search.errors import CorruptArtefact, TrainingError, UserError
 
 IRRELEVANT = ("tracking", "orchestration", "stages")  # sections that change no result
 
@@ -131,23 +131,41 @@ class RoundRun:
     # ------------------------------------------------------------ inputs
 
     def part(self, part: Part) -> Source:
+        """A part of a bundle. Raises CorruptArtefact where the stage that made it is damaged."""
+        round_name, stage, *_ = *Path(part.path).parts, "", ""
+        if self.loop.state.find(round_name) is not None:
+            self._finished(round_name, stage)
         return Source(self.loop.resolve(part), part.sha256)
 
     def earlier(self, stage: str) -> dict[str, Source]:
-        """The stage's results in all finished rounds of this loop, as inputs `stage@001`, ..."""
+        """The stage's results in all finished rounds of this loop, as inputs `stage@001`, ... Raises CorruptArtefact.
+
+        A round that was given up, or that found too little to train on, may have ended before the stage.
+        """
         found: dict[str, Source] = {}
         for record in self.loop.state.rounds:
-            if record.kind == "round" and record.round < self.folder.round:
-                manifest = StageDir(self.loop.path / record.folder, stage).read()
-                if manifest is not None:
-                    found[f"{stage}@{record.round:03d}"] = Source(self.loop.path / record.folder / stage, manifest.id)
+            if record.kind == "round" and 0 < record.round < self.folder.round:
+                reached = record.verdict == "promoted" or (record.verdict == "rejected" and stage == "search")
+                if reached or (self.loop.path / record.folder / stage).is_dir():
+                    found[f"{stage}@{record.round:03d}"] = self._finished(record.folder, stage)
         return found
 
     def of_round(self, round_number: int, stage: str) -> Source:
-        """A stage of a finished round."""
-        folder = self.loop.path / f"round-{round_number:03d}"
-        manifest = StageDir(folder, stage).read()
-        assert manifest is not None, f"{folder / stage} is missing"
+        """A stage of a finished round. Raises CorruptArtefact."""
+        return self._finished(folder_name(round_number), stage)
+
+    def _finished(self, round_name: str, stage: str) -> Source:
+        """Later rounds were built on it, so it is not made again: what is damaged needs a person."""
+        folder = self.loop.path / round_name
+        try:
+            manifest = StageDir(folder, stage).read()
+            if manifest is None:
+                raise CorruptArtefact(f"{folder / stage} is missing")
+        except CorruptArtefact as error:
+            raise CorruptArtefact(
+                f"{error}; {round_name} is finished and is not done again: restore {folder / stage} from a copy, or "
+                "begin another loop with --set loop.name=NAME"
+            ) from error
         return Source(folder / stage, manifest.id)
 
 
@@ -295,7 +313,10 @@ def config_changes(run: RoundRun) -> dict[str, Any]:
     if not before:
         return {}
     path = run.loop.path / before[-1].folder / "config.json"
-    old = load.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+    try:
+        old = load.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError, load.InvalidConfig) as error:  # damaged, or of another version: the round still counts
+        return {"unknown": [f"{path.parent.name}/config.json cannot be read", str(error)]}
     return {key: list(pair) for key, pair in load.difference(old, run.config).items()}
 
 

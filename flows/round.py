@@ -1,5 +1,5 @@
 """The round as a Prefect flow: stages are its tasks. Nothing is decided here; `flows.driver` runs the round, and its
-journal on disk, not the flow's state, says how it ended. Deployments use `flows.round:round_flow`."""
+journal on disk, not the flow's state, says how it ended. Deployments use `flows.scheduled`, which wraps it."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ def round_flow(
     overrides: list[str] | None = None,
     control: str | None = None,
     abandon: bool = False,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """One improvement round of a loop: resumes an unfinished one, else starts the next.
 
     Raises LockedError where another round of the loop is running, and what the round raises.
     """
     parsed = load.load(config, overrides or [])
-    options = Options(Path(runs_dir), control=control, abandon=abandon)
+    options = Options(Path(runs_dir), control=control, abandon=abandon, verify=verify)
     done = improve(parsed, options, listener.get() or Silent(), call=prefect_call, run=executor.get())
     holder = outcome.get()
     if holder is not None:

@@ -3,8 +3,10 @@ the next. No Prefect, no MLflow: `flows.round` adds them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +60,9 @@ def improve(
         if options.verify and loop.state.champion:
             loop.verify(loop.state.champion)
         if options.abandon:
-            records.append(loop.abandon("given up by hand"))
-            return Outcome(loop.path, tuple(records))
+            return _abandon(loop, config, options.control)
         for late in _unreported(loop):
-            report(loop, late)
+            try_report(loop, late)
         if loop.state.champion is None:
             folder = driver.resume_or_begin(loop, config, kind="round", round_number=0)
             records.append(_run(loop, folder, observer, run, call, driver.run_base))
@@ -89,9 +90,21 @@ def _run(
     run = RoundRun(loop, folder, observer, execute_stage, call)
     observer.round_started(folder, run.config, expected_s(loop, folder))
     record = body(run)
-    report(loop, record)
+    try_report(loop, record)
     observer.round_finished(folder, record)
     return record
+
+
+def _abandon(loop: Loop, config: Config, control: str | None) -> Outcome:
+    """Give the unfinished round or control up. Once its gate has spoken, the look counts: nobody may look for free."""
+    kind = f"control-{control}" if control else "round"
+    folder = loop.unfinished(kind)
+    if folder is not None and folder.round == 0:  # every later round builds on round 0, so none may be missing
+        shutil.rmtree(folder.path)
+        return Outcome(loop.path, nothing="round 0 was given up and removed; `ratchet round` begins the loop anew")
+    looked = folder is not None and (folder.path / "gate").is_dir()
+    seen = driver.gate_set(config, folder.round) if folder is not None and looked else None
+    return Outcome(loop.path, (loop.abandon("given up by hand", kind=kind, gate_set=seen),))
 
 
 def expected_s(loop: Loop, folder: RoundFolder) -> float | None:
@@ -124,6 +137,14 @@ def _unreported(loop: Loop) -> list[RoundRecord]:
     return [record for record in done[-2:] if not (loop.path / record.folder / "report").is_dir()]
 
 
+def try_report(loop: Loop, record: RoundRecord) -> None:
+    """The verdict stands whatever becomes of its report: a failure is told, and the next round tries again."""
+    try:
+        report(loop, record)
+    except Exception as error:  # noqa: BLE001 - drawing must neither undo a round nor keep the next from starting
+        warnings.warn(f"no report of {record.folder}: {type(error).__name__}: {error}", stacklevel=2)
+
+
 def report(loop: Loop, record: RoundRecord) -> None:
     """Plots, page and figures of a finished round: made after the verdict, from what is on disk, once."""
     from flows.report import write_round_report
@@ -147,8 +168,10 @@ def last_config(runs_dir: Path) -> tuple[str, list[str]] | None:
 
 
 def remember_config(runs_dir: Path, config: str, overrides: list[str]) -> None:
+    """For the next command that names none. A runs folder that can only be read, a colleague's, forgets it."""
     from flows.artefacts import atomic_write
 
-    runs_dir.mkdir(parents=True, exist_ok=True)
     path = str(Path(config).resolve()) if Path(config).is_file() else config
-    atomic_write(runs_dir / ".last.json", json.dumps({"config": path, "overrides": overrides}) + "\n")
+    with contextlib.suppress(OSError):
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(runs_dir / ".last.json", json.dumps({"config": path, "overrides": overrides}) + "\n")

@@ -25,7 +25,7 @@ from flows.child import signals_end_children
 from flows.driver import Observer
 from flows.observers import Several, Silent, Terminal
 from flows.quiet import silence
-from flows.runner import Options, Outcome, improve, remember_config
+from flows.runner import Options, Outcome, improve
 from flows.server import PrefectServer, is_prefect_infrastructure_error
 from flows.stage import Stages
 from flows.state import Loop, RoundFolder, RoundRecord
@@ -113,7 +113,6 @@ class Session:
         """What runs a round with everything that listens; starts the servers and stops them."""
         silence()
         self.runs_dir.mkdir(parents=True, exist_ok=True)
-        remember_config(self.runs_dir, self.name, self.overrides)
         tracker = tracking.Tracker(self.loop_dir, self.config.tracking, warn=self._warn)
         server = PrefectServer(self.mode, self.runs_dir)
         with signals_end_children():
@@ -130,8 +129,7 @@ class Session:
                     yield lambda options: self._run(options, observer, server, stages)
             finally:
                 server.stop()
-                if not tracker.close():
-                    self._warn("MLflow does not hold everything yet; `ratchet track` records what is missing")
+                tracker.close()  # tells what it could not record
 
     def _run(self, options: Options, observer: Observer, server: PrefectServer, stages: Stages) -> Outcome:
         """Stages that come before the server is up run without it; then the flow goes on with what they committed."""
@@ -155,6 +153,7 @@ class Session:
                 overrides=self.overrides,
                 control=options.control,
                 abandon=options.abandon,
+                verify=options.verify,
             )
         except Exception as error:
             if not is_prefect_infrastructure_error(error):

@@ -172,21 +172,21 @@ class RoundFolder:
     round: int
     kind: str
 
-    @property
-    def started_utc(self) -> str:
-        return str(self._started()["started_utc"])
-
-    @property
-    def config_sha(self) -> str:
-        return str(self._started()["config_sha"])
-
-    def _started(self) -> dict[str, Any]:
-        return _read_json(self.path / "started.json")
+    def started(self) -> tuple[str, str]:
+        """(UTC time of its start, hash of its configuration). Raises CorruptArtefact."""
+        path = self.path / "started.json"
+        try:
+            row = json.loads(path.read_bytes())
+            return str(row["started_utc"]), str(row["config_sha"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptArtefact(
+                f"{path} cannot be used ({error}): restore it, or give the round up with --abandon"
+            ) from error
 
     def config_json(self) -> str:
         """The resolved configuration the round began with. Raises CorruptArtefact."""
         text = (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
-        if sha256_json(text) != self.config_sha:
+        if sha256_json(text) != self.started()[1]:
             raise CorruptArtefact(
                 f"{self.path / 'config.json'} was changed after the round began; restore it, or give the round up "
                 "with --abandon"
@@ -298,11 +298,14 @@ class Loop:
         assert self.state.find(record.folder) is None, f"{record.folder} is finished"
         if bundle is not None:
             self.verify(bundle)
+        try:
+            started_utc, config_sha = folder.started()
+        except CorruptArtefact:
+            if record.verdict != "abandoned":  # giving it up is the way out of a damaged round
+                raise
+            started_utc, config_sha = utc_now(), ""
         record = dataclasses.replace(
-            record,
-            config_sha=folder.config_sha,
-            started_utc=folder.started_utc,
-            finished_utc=record.finished_utc or utc_now(),
+            record, config_sha=config_sha, started_utc=started_utc, finished_utc=record.finished_utc or utc_now()
         )
         entry = {"sequence": len(self.state.rounds), "task": self.state.task, "record": dataclasses.asdict(record)}
         entry |= {"bundle": dataclasses.asdict(bundle) if bundle else None}
@@ -340,7 +343,10 @@ class Loop:
         """Every hash of every part. Raises CorruptArtefact."""
         for name, part in bundle.parts().items():
             if tree_sha(self.resolve(part), self.path) != part.sha256:
-                raise CorruptArtefact(f"the {name} in {self.resolve(part)} is not what was recorded; it was changed")
+                raise CorruptArtefact(
+                    f"the {name} in {self.resolve(part)} is not what was recorded, it was changed: restore it from a "
+                    "copy, or choose another champion with `ratchet promote --round N`"
+                )
 
     def promote(self, bundle: Bundle, reason: str) -> None:
         """Make `bundle` the champion by hand. Gate looks go on counting. Raises UserError, CorruptArtefact."""

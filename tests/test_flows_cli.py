@@ -11,20 +11,8 @@ from pathlib import Path
 import pytest
 
 RATCHET = [sys.executable, "-m", "flows.cli"]
-TINY = [
-    "search.problems=20",
-    "gate.problems=200",
-    "gate.coverage_problems=20",
-    "evaluate.test_problems=60",
-    "evaluate.pool_problems=20",
-    "evaluate.pool_samples=4",
-    "evaluate.k=[1,4]",
-    "difficulty.problems=30",
-    "difficulty.samples=4",
-    "select.min_rows=2",
-    "tracking.mlflow=false",
-]
-SETS = [part for pair in TINY for part in ("--set", pair)]
+TINY = Path(__file__).with_name("tiny.txt").read_text().split()  # a smoke round in a second
+SETS = [part for pair in [*TINY, "tracking.mlflow=false"] for part in ("--set", pair)]
 
 
 def ratchet(*args: object, cwd: Path, check: int | None = 0, **env: str) -> subprocess.CompletedProcess[str]:

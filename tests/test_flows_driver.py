@@ -1,6 +1,7 @@
 """Whole rounds with the scripted engine: promoted, rejected, resumed, controlled; the same bytes whatever happened."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,21 +11,9 @@ from flows.driver import NothingToDo, read_metrics
 from flows.observers import Several, Silent
 from flows.runner import Options, improve
 from flows.state import Loop
-from search.errors import LockedError, UserError
+from search.errors import CorruptArtefact, LockedError, UserError
 
-TINY = [
-    "search.problems=20",
-    "search.shard_problems=5",
-    "gate.problems=200",
-    "gate.coverage_problems=20",
-    "evaluate.test_problems=60",
-    "evaluate.pool_problems=20",
-    "evaluate.pool_samples=4",
-    "evaluate.k=[1,4]",
-    "difficulty.problems=30",
-    "difficulty.samples=4",
-    "select.min_rows=2",
-]
+TINY = Path(__file__).with_name("tiny.txt").read_text().split()  # a smoke round in a second
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +112,7 @@ def test_search_goes_on_at_the_shard_where_it_stopped(tmp_path):
         def progress(self, name, done, total, **info):
             if name == "search":
                 seen.append(done)
-                if done == 10 * 8:
+                if done > 10 * 8:  # two shards are written, the third is begun
                     raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -195,6 +184,104 @@ def test_a_damaged_result_of_the_unfinished_round_is_done_again(tmp_path):
     a_round(tmp_path)
     assert rows.read_bytes() == whole
     assert (tmp_path / "smoke" / "round-001" / "corrupt" / "select-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("baseline", "greedy-gate.jsonl"), ("search", "outcomes.json"), ("search", "manifest.json"), ("search", "")],
+)
+def test_whatever_is_damaged_in_the_unfinished_round_it_ends_the_same(tmp_path, whole, stage, file):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("select"))
+    damaged = tmp_path / "smoke" / "round-001" / stage / file
+    if file:
+        damaged.write_bytes(damaged.read_bytes()[:-2])
+    else:
+        shutil.rmtree(damaged)
+    a_round(tmp_path)
+    assert content(tmp_path / "smoke") == whole
+    assert (tmp_path / "smoke" / "round-001" / "corrupt" / f"{stage}-1.txt").exists() == bool(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("round-000/problems/test.jsonl", "cut"),
+        ("round-000/base/manifest.json", "cut"),
+        ("round-001/search/shard-00001.jsonl", "cut"),
+        ("round-001/search", "remove"),
+        ("round-001/distill/model/scripted.json", "cut"),
+    ],
+)
+def test_damage_in_a_finished_round_is_named_with_the_way_out(tmp_path, file, damage):
+    a_round(tmp_path)
+    path = tmp_path / "smoke" / file
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-2])
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CorruptArtefact, match=r"is finished and is not done again: restore .* loop.name") as caught:
+        a_round(tmp_path)
+    assert str(path) in str(caught.value)
+    assert Loop.open(tmp_path, "smoke").state.next_round == 2
+
+
+def test_giving_round_0_up_begins_the_loop_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("evaluate"))
+    assert "begins the loop anew" in (a_round(tmp_path, abandon=True).nothing or "")
+    outcome = a_round(tmp_path, "search.samples=12")
+    assert [(r.round, r.verdict) for r in outcome.records] == [(0, "base"), (1, "promoted")]
+
+
+def test_giving_up_after_the_gate_spoke_costs_the_look(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("distill"))
+    a_round(tmp_path, abandon=True)
+    assert Loop.open(tmp_path, "smoke").state.gate_looks == {}
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("gate"))
+    record = a_round(tmp_path, abandon=True).records[-1]
+    assert Loop.open(tmp_path, "smoke").state.gate_looks == {record.gate_set: 1} == {"fresh-002": 1}
+
+
+def test_a_round_whose_start_is_damaged_can_still_be_given_up(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, observer=Bomb("search"))
+    started = tmp_path / "smoke" / "round-001" / "started.json"
+    started.write_text("{")
+    with pytest.raises(CorruptArtefact, match=r"started.json cannot be used .*--abandon"):
+        a_round(tmp_path)
+    assert a_round(tmp_path, abandon=True).records[-1].verdict == "abandoned"
+
+
+def test_a_control_can_be_given_up(tmp_path):
+    a_round(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path, control="random", observer=Bomb("search"))
+    record = a_round(tmp_path, control="random", abandon=True).records[-1]
+    assert (record.kind, record.verdict) == ("control-random", "abandoned")
+    assert a_round(tmp_path).records[-1].round == 2
+
+
+def test_a_report_that_fails_neither_undoes_the_round_nor_blocks_the_next(tmp_path, monkeypatch):
+    def broken(loop, record):
+        raise OSError("no font")
+
+    monkeypatch.setattr("flows.runner.report", broken)
+    with pytest.warns(UserWarning, match=r"no report of round-00\d: OSError: no font") as told:
+        outcomes = [a_round(tmp_path), a_round(tmp_path)]
+    assert [outcome.records[-1].verdict for outcome in outcomes] == ["promoted", "promoted"]
+    tried = [str(warning.message).partition(":")[0][-3:] for warning in told]
+    assert tried == ["000", "001", "000", "001", "002"], "the second call tries again"
+
+
+def test_a_configuration_of_another_version_does_not_end_the_round(tmp_path):
+    a_round(tmp_path)
+    path = tmp_path / "smoke" / "round-001" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gone": 1}))
+    changes = a_round(tmp_path).records[-1].config_changes
+    assert "round-001/config.json cannot be read" in changes["unknown"]
 
 
 def test_nothing_new_and_nothing_unsolved_records_no_round(tmp_path, monkeypatch):
