@@ -28,12 +28,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flows.artefacts import atomic_write
 from search.errors import RatchetError, TrackingError
 
-Mode = Literal["auto", "on", "off"]
 ANSWER_S = 2.0  # within which a server must answer
 START_S = 90.0  # within which a private one must be up: 6 s as a rule, 11 s at first, more on a loaded machine
 STOP_S = 5.0
@@ -218,17 +217,6 @@ class PrefectServer:
 
 
 _children: list[subprocess.Popen[bytes]] = []  # to be reaped
-
-
-@contextlib.contextmanager
-def prefect_api(mode: Mode, runs_dir: Path) -> Iterator[str | None]:
-    """The URL of a Prefect API that answers, or None. Raises TrackingError."""
-    server = PrefectServer(mode, runs_dir)
-    try:
-        server.start()
-        yield server.wait_ready()
-    finally:
-        server.stop()
 
 
 def is_prefect_infrastructure_error(error: BaseException) -> bool:

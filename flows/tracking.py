@@ -121,10 +121,6 @@ class Tracker:
     def round_finished(self) -> None:
         self._send({"round": None, "stage": None})
 
-    def sync(self) -> None:
-        """Something in the folder changed (a promotion, a report)."""
-        self._send({})
-
     def close(self, timeout_s: float = 20.0) -> bool:
         """Record what is left, for at most `timeout_s`; True: MLflow holds everything."""
         process, self._process = self._process, None

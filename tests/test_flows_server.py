@@ -7,14 +7,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from flows import server
-from flows.server import PrefectServer, is_prefect_infrastructure_error, prefect_api
+from flows.server import PrefectServer, is_prefect_infrastructure_error
 from search.errors import LockedError, TrackingError
+
+
+@contextmanager
+def prefect_api(mode: str, runs_dir: Path) -> Iterator[str | None]:
+    """A server held as a command holds it."""
+    held = PrefectServer(mode, runs_dir)
+    try:
+        held.start()
+        yield held.wait_ready()
+    finally:
+        held.stop()
 
 
 @pytest.fixture(autouse=True)
