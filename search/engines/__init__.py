@@ -39,4 +39,8 @@ def load_engine(config: Config, model: str | Path, task: Task, *, share: int = 1
         from search.engines.transformers import TransformersEngine
 
         return TransformersEngine(str(model), engine, config.model, max(1, num_threads(config) // share))
+    if engine.type == "server":
+        from search.engines.server import ServerEngine
+
+        return ServerEngine(engine, str(model), config.model)
     raise ConfigError("engine.type = 'vllm' is not in this version; use engine.type = 'transformers'")
