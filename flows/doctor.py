@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flows.redact import Redactor
+
 NEEDED = ("torch", "transformers", "trl", "datasets", "mlflow", "prefect", "safetensors", "peft", "math-verify")
 BREAKS_TRANSFORMERS = ("torchvision", "torchaudio", "torchcodec")  # beside a CPU build of torch
 
@@ -126,11 +128,12 @@ def _servers() -> Iterator[Finding]:
         if not url.startswith("http"):
             yield Finding("ok", f"{what} server", f"{variable} is not set: a private one under the runs folder")
             continue
+        shown = Redactor().text(url)  # it may hold a password
         try:
             with urllib.request.urlopen(url.rstrip("/") + path, timeout=2) as reply:
-                yield Finding("ok", f"{what} server", f"{url} answers ({reply.status})")
+                yield Finding("ok", f"{what} server", f"{shown} answers ({reply.status})")
         except (urllib.error.URLError, OSError, ValueError) as error:
-            yield Finding("error", f"{what} server", f"{url}: {error}", f"start it, or unset {variable}")
+            yield Finding("error", f"{what} server", f"{shown}: {error}", f"start it, or unset {variable}")
 
 
 def _loop(config: str | None, overrides: list[str], runs_dir: Path) -> Iterator[Finding]:
