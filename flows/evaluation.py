@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -168,6 +169,7 @@ def _draw(found: dict[str, Any], path: Path) -> None:
     from flows.plots import accuracy_against_samples
 
     accuracy_against_samples(found["results"], path)
+    print(f"report: {path}", file=sys.stderr)
 
 
 def show(found: dict[str, Any]) -> None:
