@@ -21,8 +21,9 @@ from flows.redact import metric_name
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 ROUND = re.compile(r"round-(\d{3,})(-control-[a-z0-9-]+)?")
+# in the order in which they run: later figures replace earlier ones of the same name
 STAGES = ("problems", "base", "baseline", "search", "select", "distill", "evaluate", "gate")
-STAGES += ("verifier", "difficulty", "table", "report")  # later figures replace earlier ones of the same name
+STAGES += ("verifier", "difficulty", "table", "report")
 NO_STAGE = ("corrupt", "stale", "bundles", "plots")
 
 

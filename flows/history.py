@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.champion import Bundle
+from flows.folders import STAGES
 from flows.state import Loop, LoopState, RoundRecord
 from search import evaluate, stats
 from search.errors import CorruptArtefact, DataError
@@ -25,20 +26,6 @@ from search.stats import PairedDifference
 from search.types import Spend
 
 Z95 = 1.959964
-STAGES = (
-    "problems",
-    "base",
-    "baseline",
-    "search",
-    "select",
-    "distill",
-    "evaluate",
-    "gate",
-    "verifier",
-    "difficulty",
-    "table",
-    "report",
-)
 
 
 # ---------------------------------------------------------------- values

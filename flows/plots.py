@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.select import FILTERS
 from flows.findings import BinRow, Findings
-from flows.history import STAGES, Z95, History, Round, measured_sizes, read_json
+from flows.folders import STAGES
+from flows.history import Z95, History, Round, measured_sizes, read_json
 from flows.history import Figure as Value
 from flows.plot_style import (
     BLUE,

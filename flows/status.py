@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.driver import wall_s
+from flows.folders import STAGES
 from flows.locks import holder
 from flows.state import Loop, RoundFolder
-
-STAGES = ("problems", "base", "baseline", "search", "select", "distill", "evaluate", "gate", "difficulty", "report")
 
 
 def read_status(runs_dir: Path, name: str) -> dict[str, Any]:
