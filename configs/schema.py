@@ -235,6 +235,29 @@ _OWN_FIELDS = frozenset(
 EngineConfig = Annotated[ScriptedEngine | TransformersEngine | VllmEngine | ServerEngine, Field(discriminator="type")]
 
 
+# ---------------------------------------------------------------- verifiers
+
+
+class NoVerifier(Section):
+    """Nothing scores: answers are chosen by majority."""
+
+    type: Literal["none"] = "none"
+
+
+class OracleVerifier(Section):
+    """The task's own checker with errors of a known rate. It sees the gold answers: for tests and benchmarks only."""
+
+    type: Literal["oracle"]
+    noise: Fraction = Field(default=0.0, description="share of step prefixes whose score is flipped, p to 1 - p")
+    exploits: Fraction = Field(
+        default=0.0, description="share of wrong step prefixes that score above every right one: what search exploits"
+    )
+    parameters: int = Field(default=0, ge=0, description="its size, for the FLOPs; 0: free")
+
+
+VerifierConfig = Annotated[NoVerifier | OracleVerifier, Field(discriminator="type")]
+
+
 # ---------------------------------------------------------------- stages
 
 
@@ -391,6 +414,7 @@ class Config(Section):
     model: Model = Model()
     bootstrap: Bootstrap = Bootstrap()
     engine: EngineConfig = TransformersEngine()
+    verifier: VerifierConfig = NoVerifier()
     sampling: Sampling = Sampling()
     search: Search = Search()
     select: Select = Select()

@@ -102,7 +102,7 @@ async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Ve
     try:
         return await plan.strategy(policy.problem, policy, scorer, plan.budget), None
     except BudgetExceeded:
-        return policy.finished, None
+        return await scorer.score(policy.finished) if scorer else policy.finished, None
     except VerifierError as error:
         return policy.finished, str(error)
 

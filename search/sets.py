@@ -119,7 +119,9 @@ def _take_from_file(
         return sets | {"search": []}
     held_out = set(json.loads((frozen / "held_out.json").read_text(encoding="utf-8")))
     # A test file of its own stays one: what is appended to it is never trained on.
-    sources = [split for split in SPLITS if split != "test" or getattr(config.task, "test_path", None) is None]
+    sources: list[Split] = [
+        split for split in SPLITS if split != "test" or getattr(config.task, "test_path", None) is None
+    ]
     everything = [problem for split in sources for problem in task.problems(split)]
     training = [problem for problem in everything if problem.key not in held_out]
     sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
