@@ -127,9 +127,7 @@ class ServerEngine(Streaming):
                 server_model.check_policy(card, self._policy, settings, self._model.base)
             self.tokenizer = server_model.load_tokenizer(source, self._model)
             self.facts = server_model.facts(card, settings, source, self.tokenizer, self._model)
-            self.abilities: Abilities = self._in_loop(
-                probe(client, card.name, self.tokenizer, seeds=settings.seeds, extra_body=settings.extra_body)
-            )
+            self.abilities: Abilities = self._in_loop(probe(client, card.name, self.tokenizer, settings))
         except EngineError as error:
             raise ModelError(str(error)) from None
         except Refused as error:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from configs.schema import ServerEngine as ServerSettings
 from search.engines.server_http import Client, Received, Refused
 from search.engines.server_reply import Abilities, cached_tokens, met_stop, prompt_text, token_ids
 from search.errors import ConfigError, ModelError
@@ -25,29 +26,33 @@ OPTIONAL: tuple[dict[str, Any], ...] = (
     {"add_special_tokens": False},
 )
 SEED = {"seed": 7}
+STREAM: dict[str, Any] = {"stream": True}
+USAGE = {"stream_options": {"include_usage": True}}
 
 
-async def probe(client: Client, model: str, tokenizer: Any, *, seeds: bool, extra_body: Mapping[str, Any]) -> Abilities:
+async def probe(client: Client, model: str, tokenizer: Any, settings: ServerSettings) -> Abilities:
     """What the server can do. Raises EngineError, ModelError, and ConfigError where the tokenizer is not its own."""
-    return await _Probe(client, model, tokenizer, extra_body).run(seeds)
+    return await _Probe(client, model, tokenizer, settings).run()
 
 
 class _Probe:
-    def __init__(self, client: Client, model: str, tokenizer: Any, extra_body: Mapping[str, Any]) -> None:
+    def __init__(self, client: Client, model: str, tokenizer: Any, settings: ServerSettings) -> None:
         self._client = client
         self._model = model
         self._tokenizer = tokenizer
-        self._extra_body = extra_body
+        self._settings = settings
         self._ids = list(tokenizer.encode(PROMPT))
 
-    async def run(self, seeds: bool) -> Abilities:
+    async def run(self) -> Abilities:
         abilities, received = await self._first()
         if received.ids is None:
             abilities = await self._ids_among_logprobs(abilities)
         if abilities.ids == "token_ids":
             self._check_tokenizer(received, abilities)
         abilities = replace(abilities, stop=await self._stop(abilities, received))
-        if seeds:
+        if self._settings.stream or abilities.stop == "silent":
+            abilities = replace(abilities, stream=await self._stream(abilities))
+        if self._settings.seeds:
             abilities = replace(abilities, seeds=await self._seeds(abilities))
         again = await self._ask(abilities)
         return replace(abilities, cached_tokens=cached_tokens(again.usage) is not None)
@@ -55,7 +60,7 @@ class _Probe:
     async def _ask(self, abilities: Abilities, **changes: Any) -> Received:
         prompt = self._ids if abilities.prompt_ids else prompt_text(self._tokenizer, self._ids, abilities)
         body: dict[str, Any] = {"model": self._model, "prompt": prompt, "max_tokens": NUM_TOKENS}
-        body |= {"temperature": 0.0, "top_p": 1.0} | dict(abilities.fields) | changes | dict(self._extra_body)
+        body |= {"temperature": 0.0, "top_p": 1.0} | dict(abilities.fields) | changes | dict(self._settings.extra_body)
         return await self._client.post("completions", body, Received())
 
     async def _first(self) -> tuple[Abilities, Received]:
@@ -135,6 +140,15 @@ class _Probe:
         shorter = len(text) < len(greedy.text) if ids is None or before is None else len(ids) < len(before)
         ended = received.choice.get("finish_reason") == "stop"
         return "included" if told or (ended and shorter) else "silent"  # else it ignores stop texts
+
+    async def _stream(self, abilities: Abilities) -> Mapping[str, Any] | None:
+        for fields in (STREAM | USAGE, STREAM):
+            try:
+                await self._ask(abilities, **fields)
+            except Refused:
+                continue
+            return fields
+        return None
 
     async def _seeds(self, abilities: Abilities) -> bool:
         try:

@@ -33,6 +33,7 @@ class Abilities:
     ids: Literal["token_ids", "logprobs", "none"]
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
     stop: Literal["included", "told", "silent"] = "included"
+    stream: Mapping[str, Any] | None = None  # the fields that ask for a stream; None: it has none
     seeds: bool = False
     cached_tokens: bool = False  # tells how much of a prompt it had cached
 
@@ -88,7 +89,7 @@ class Dialect:
         if request.stop is not None and not silent:
             body["stop"] = [request.stop]
         if self._stream or silent:
-            body |= {"stream": True} | ({} if silent else {"stream_options": {"include_usage": True}})
+            body |= abilities.stream or {}
         return body | dict(self._extra_body), Received(stop=request.stop if silent else None)
 
     # ------------------------------------------------------------ reading
@@ -133,7 +134,8 @@ class Dialect:
         if received.choice.get("finish_reason") == "length" or len(ids) >= max_tokens:
             return ids, Finish.LENGTH, None
         if request.stop and met_stop(received, request.stop):
-            return [*ids, *self._encode(request.stop)], Finish.STOP, None
+            cut = received.text.removeprefix(self._tokenizer.decode(ids, skip_special_tokens=True))
+            return [*ids, *self._encode(cut + request.stop)], Finish.STOP, None
         if received.stopped:
             return (), Finish.ERROR, "its text met the stop text, its token ids did not"
         return [*ids, told if isinstance(told, int) else self._eos_id], Finish.EOS, None
@@ -141,10 +143,10 @@ class Dialect:
     def _by_text(self, request: Request, received: Received) -> _Ended:
         text, stop = received.text, request.stop
         ended = received.choice.get("finish_reason") == "stop"
-        if stop and (stop in text or (ended and met_stop(received, stop))):
-            return self._encode(text.partition(stop)[0] + stop), Finish.STOP, None
         if not text and not (ended and generated(received.usage)):
             return (), Finish.ERROR, "the reply is empty"
+        if stop and (stop in text or (ended and met_stop(received, stop))):
+            return self._encode(text.partition(stop)[0] + stop), Finish.STOP, None
         return [*self._encode(text), *([self._eos_id] if ended else [])], Finish.EOS if ended else Finish.LENGTH, None
 
     def _encode(self, text: str) -> list[int]:
