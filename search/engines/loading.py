@@ -1,4 +1,5 @@
-"""Load a causal language model for inference (folder, hub name or LoRA adapter folder) and state its facts."""
+"""Load a causal language model for inference (folder, hub name or LoRA adapter folder) and state its facts; or state
+them alone, from everything but the weights, for engines that load a model themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +17,33 @@ from search.errors import ModelError
 from search.types import ModelFacts
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the parts of a model lie. `folder` is `base` unless it holds an adapter."""
+
+    folder: Path
+    base: Path
+    speaks: Path  # the folder of the tokenizer
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter's configuration; None: a whole model."""
+        path = self.folder / ADAPTER
+        return path if path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A model without its weights."""
+
+    parts: Parts
+    tokenizer: Any
+    facts: ModelFacts
+    vocab_size: int  # rows of the output head
+    eos_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +61,53 @@ def load_model(source: Path | str, settings: Model, *, device: str) -> Loaded:
 
     Raises ModelError where the folder or hub name does not exist or lacks weights or a tokenizer.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # loading a small model is no work to watch, and a large one is told by its stage
+    parts = find_parts(source, settings)
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    tokenizer = _load_tokenizer(parts, settings)
+    model = _load_weights(parts.base, settings).to(chosen)
+    if parts.adapter is not None:
+        from peft import PeftModel
+
+        merged: Any = PeftModel.from_pretrained(model, parts.folder)
+        model = merged.merge_and_unload()
+    model.eval().requires_grad_(False)
+    facts = _facts(parts, model, tokenizer)
+    eos_ids = _eos_ids(model.generation_config, tokenizer)
+    return Loaded(model, tokenizer, chosen, facts, _head(model).weight.shape[0], eos_ids)
+
+
+def describe_model(source: Path | str, settings: Model) -> Described:
+    """What `load_model` would say of the model, without its weights in memory. Raises ModelError as that does."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    parts = find_parts(source, settings)
+    tokenizer = _load_tokenizer(parts, settings)
+    trust = settings.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(parts.base, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(parts.base, error) from error
+    try:
+        generation = GenerationConfig.from_pretrained(parts.base)
+    except OSError:
+        generation = model.generation_config
+    eos_ids = _eos_ids(generation, tokenizer)
+    return Described(parts, tokenizer, _facts(parts, model, tokenizer), _head(model).weight.shape[0], eos_ids)
+
+
+def find_parts(source: Path | str, settings: Model) -> Parts:
+    """Raises ModelError where the folder or hub name does not exist or lacks weights."""
     folder = locate(source, settings.revision)
-    adapter = folder / "adapter_config.json"
+    adapter = folder / ADAPTER
     base = locate(_base_of(adapter), settings.revision) if adapter.is_file() else folder
     for one in dict.fromkeys((folder, base)):
         _check_weights(one)
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    speaks = folder if (folder / "tokenizer_config.json").is_file() else base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(speaks, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{speaks} has no usable tokenizer: save it there with tokenizer.save_pretrained ({_first_line(error)})"
-        ) from error
-    model = _load_weights(base, settings).to(chosen)
-    if adapter.is_file():
-        from peft import PeftModel
-
-        merged: Any = PeftModel.from_pretrained(model, folder)
-        model = merged.merge_and_unload()
-    model.eval().requires_grad_(False)
-    facts = ModelFacts(_fingerprint(folder, base), flops_parameters(model), _max_length(model, tokenizer))
-    return Loaded(model, tokenizer, chosen, facts, _head(model).weight.shape[0], _eos_ids(model, tokenizer))
+    return Parts(folder, base, folder if (folder / "tokenizer_config.json").is_file() else base)
 
 
 def locate(source: Path | str, revision: str | None = None) -> Path:
@@ -79,7 +128,7 @@ def locate(source: Path | str, revision: str | None = None) -> Path:
         )
     except (OSError, ValueError) as error:  # every hub error is one of the two
         raise ModelError(
-            f"the model '{source}' is neither a folder nor can it be fetched from the hub ({_first_line(error)}): "
+            f"the model '{source}' is neither a folder nor can it be fetched from the hub ({first_line(error)}): "
             "check the name, model.revision and HF_HUB_OFFLINE, or give a local folder"
         ) from error
 
@@ -110,6 +159,18 @@ def _check_weights(folder: Path) -> None:
         )
 
 
+def _load_tokenizer(parts: Parts, settings: Model) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(parts.speaks, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{parts.speaks} has no usable tokenizer: save it there with tokenizer.save_pretrained "
+            f"({first_line(error)})"
+        ) from error
+
+
 def _load_weights(base: Path, settings: Model) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +180,15 @@ def _load_weights(base: Path, settings: Model) -> Any:
             base, dtype=settings.dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code, **extra
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{base} cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise _unloadable(base, error) from error
+
+
+def _unloadable(base: Path, error: Exception) -> ModelError:
+    return ModelError(f"{base} cannot be loaded as a causal language model: {first_line(error)}")
+
+
+def _facts(parts: Parts, model: Any, tokenizer: Any) -> ModelFacts:
+    return ModelFacts(_fingerprint(parts.folder, parts.base), flops_parameters(model), _max_length(model, tokenizer))
 
 
 def _fingerprint(*folders: Path) -> str:
@@ -138,12 +207,12 @@ def _max_length(model: Any, tokenizer: Any) -> int:
     return int(min(known)) if known else 2048
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def _eos_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends an answer: chat models list several in their generation config."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = getattr(generation, "eos_token_id", None)
     ids = listed if isinstance(listed, list) else [listed]
     return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
