@@ -41,6 +41,9 @@ AGGREGATE = {
 }
 
 
+_Read = tuple[tuple[str, ...], tuple[str, ...]]  # what a verifier reads besides the problem: attempts, steps
+
+
 class Ask:
     """Requests of one strategy, waiting for the engine. Awaiting it hands it to the scheduler."""
 
@@ -271,7 +274,7 @@ class Scorer:
         self.facts = verifier.facts
         self._policy = policy
         self._delimiter = delimiter
-        self._known: dict[ScoreRequest, Scored] = {}
+        self._known: dict[_Read, Scored] = {}
 
     async def score(
         self,
@@ -286,26 +289,27 @@ class Scorer:
         Raises VerifierError for scores that cannot be used.
         """
         aggregate = AGGREGATE[aggregation or self.facts.aggregation]
-        requests: dict[int, ScoreRequest] = {}
+        texts: dict[int, _Read] = {}
         for i, candidate in enumerate(candidates):
             if candidate.complete or (candidate.open and self.facts.process):
                 shown = tuple(a.text for a in attempts[i]) if attempts else ()
-                requests[i] = ScoreRequest(self._policy.problem, steps_of(candidate, self._delimiter), shown)
-        new = [request for request in dict.fromkeys(requests.values()) if request not in self._known]
+                texts[i] = (shown, steps_of(candidate, self._delimiter))
+        new = [read for read in dict.fromkeys(texts.values()) if read not in self._known]
         if new:
-            for request, scored in zip(new, await Question(new), strict=True):
-                self._check(request, scored)
-                self._charge(request, scored)
+            problem = self._policy.problem
+            for read, scored in zip(new, await Question([ScoreRequest(problem, s, a) for a, s in new]), strict=True):
+                self._check(read, scored)
+                self._charge(read, scored)
         scored_all = list(candidates)
-        for i, request in requests.items():
-            scores = self._known[request].scores
+        for i, read in texts.items():
+            scores = self._known[read].scores
             scored_all[i] = replace(candidates[i], step_scores=scores, score=aggregate(scores))
             if self._policy.trace:
                 self._policy.trace.score(scored_all[i])
         return scored_all
 
-    def _check(self, request: ScoreRequest, scored: Scored) -> None:
-        expected = len(request.steps) if self.facts.process else 1
+    def _check(self, read: _Read, scored: Scored) -> None:
+        expected = len(read[1]) if self.facts.process else 1
         key = self._policy.problem.key
         if len(scored.scores) != expected:
             raise VerifierError(
@@ -315,12 +319,13 @@ class Scorer:
         if bad := [s for s in scored.scores if not (math.isfinite(s) and -1e-6 <= s <= 1 + 1e-6)]:
             raise VerifierError(f"problem '{key}': the verifier returned the score {bad[0]}, which is not in 0..1")
 
-    def _charge(self, request: ScoreRequest, scored: Scored) -> None:
-        before = [replace(request, steps=request.steps[:n]) for n in range(len(request.steps) - 1, 0, -1)]
-        shared = next((self._known[r].tokens for r in before if r in self._known), 0)
-        if not shared and any(r.attempts == request.attempts for r in self._known):
+    def _charge(self, read: _Read, scored: Scored) -> None:
+        attempts, steps = read
+        before = ((attempts, steps[:n]) for n in range(len(steps) - 1, 0, -1))
+        shared = next((self._known[known].tokens for known in before if known in self._known), 0)
+        if not shared and any(known[0] == attempts for known in self._known):
             shared = scored.prompt_tokens
-        self._known[request] = scored
+        self._known[read] = scored
         ideal = 2.0 * self.facts.flops_parameters * max(0, scored.tokens - shared)
         actual = 2.0 * self.facts.flops_parameters * scored.computed_tokens
         self._policy.spend += Spend(
