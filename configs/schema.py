@@ -172,18 +172,39 @@ class TransformersEngine(Section):
         default=65_536, description="most tokens (rows x length) held in one batch's cache"
     )
     max_batch_rows: PositiveInt = 1024
+    cache_tokens: int = Field(
+        default=0, ge=0, description="prefix tokens whose keys and values are kept between the steps of a search"
+    )
     processes: int = Field(
         default=1, ge=0, description="on CPUs: processes that share a stage's shards, 0 for one a core; for tiny models"
     )
 
 
 class VllmEngine(Section):
+    """vLLM in this process's care; one for each group of `tensor_parallel` GPUs. Needs vLLM 0.32."""
+
     type: Literal["vllm"]
-    tensor_parallel: PositiveInt = 1
-    gpu_memory_fraction: Fraction = 0.9
-    max_num_seqs: PositiveInt = 256
-    block_size: PositiveInt | None = None
-    enforce_eager: bool = False
+    tensor_parallel: PositiveInt = Field(default=1, description="GPUs that share one copy of the model")
+    gpu_memory_fraction: Fraction = Field(default=0.9, description="of each GPU's memory")
+    kv_cache_gib: float | None = Field(
+        default=None, gt=0, description="memory of keys and values; default: on CPUs 2, on GPUs what is left"
+    )
+    max_num_seqs: PositiveInt = Field(default=256, description="requests computed together")
+    max_model_len: PositiveInt | None = Field(
+        default=None, description="context length in tokens; default: the model's. A shorter one needs less memory"
+    )
+    block_size: PositiveInt | None = Field(
+        default=None, description="tokens of one block of the prefix cache; default: on CPUs 32, on GPUs vLLM's own"
+    )
+    enforce_eager: bool = Field(default=False, description="start faster, run slower; on CPUs always so")
+    own_process: bool | None = Field(
+        default=None,
+        description="run vLLM's core in a process of its own; default: on GPUs yes, its end frees their memory, "
+        "on CPUs no, it starts sooner and answers small batches faster",
+    )
+    processes: int = Field(
+        default=1, ge=0, description="on CPUs: processes that share a stage's shards, 0 for one a core; for tiny models"
+    )
 
 
 class ServerEngine(Section):
@@ -205,7 +226,9 @@ class ServerEngine(Section):
     flops_parameters: int | None = Field(
         default=None, ge=0, description="parameters a token passes through; default: counted from the policy's config"
     )
-    seeds: bool = Field(default=True, description="send a seed with every request")
+    seeds: bool = Field(
+        default=True, description="a seed for every request; without, those of one prefix go out as one: faster"
+    )
     stream: bool = Field(
         default=False, description="receive tokens as they come: a cancelled request then counts what it had generated"
     )

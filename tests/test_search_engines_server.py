@@ -453,7 +453,7 @@ def test_a_cancelled_stream_counts_what_it_had(no_ids, serve, connect, tokenizer
     engine = connect(server, stream=True)
     server.switches.delay_s = 0.02
     ticket = engine.submit([Request((5, 6), 200, 1.0, 1)])[0]
-    wait_until(lambda: len(engine._received) == 1 and len(engine._received[ticket].text) >= 3)
+    wait_until(lambda: ticket in engine._work_of and len(engine._work_of[ticket].received.text) >= 3)
     engine.cancel([ticket])
     [(_, found)] = engine.collect()
     assert found.finish is Finish.CANCELLED

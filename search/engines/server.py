@@ -1,9 +1,10 @@
 """The server engine: the policy behind any OpenAI-compatible completions server, fed continuously over HTTP.
 
-One request a Request; `max_concurrency` of them in flight, the rest wait here. An event loop in a thread of its own
-sends them; `submit`, `collect` and `cancel` hand over. Exact where the server takes and returns token ids (vLLM
-does), else declared approximate by `capabilities.token_ids`; what a server can do is found out at the start. Left out:
-merging by `n`, log probabilities, hidden states, loading adapters into a running server.
+One HTTP request a Request; `max_concurrency` of them in flight, the rest wait here. Without seeds, Requests of one
+`submit` that differ in nothing but their keys go out as one with `n`. An event loop in a thread of its own sends them;
+`submit`, `collect` and `cancel` hand over. Exact where the server takes and returns token ids (vLLM does), else
+declared approximate by `capabilities.token_ids`; what a server can do is found out at the start. Left out: log
+probabilities, hidden states, loading adapters into a running server.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import itertools
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +32,7 @@ from search.errors import ConfigError, EngineError, ModelError
 from search.types import Capabilities, Continuation, Finish, Request
 
 CLOSE_S = 10.0
+MAX_MERGED = 64  # answers of one HTTP request
 MAX_TOLD = 20  # kinds of refusals that are logged
 OVERFLOW_WORDS = (
     "context length", "context size", "context window", "maximum length", "max_model_len", "max_seq_len",
@@ -36,6 +40,17 @@ OVERFLOW_WORDS = (
 )  # fmt: skip
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Work:
+    """One HTTP request: what is asked, and who waits for it."""
+
+    request: Request
+    tickets: list[int]
+    cancelled: set[int] = field(default_factory=set[int])
+    task: asyncio.Task[list[Continuation]] | None = None
+    received: Received = field(default_factory=Received)
 
 
 class ServerEngine(Streaming):
@@ -56,9 +71,9 @@ class ServerEngine(Streaming):
         self._finished: list[Answer] = []
         self._num_open = 0  # submitted and not finished
         self._failure: BaseException | None = None
-        self._pending: dict[int, Request] = {}  # this and the next two: in the loop's thread only
-        self._running: dict[int, asyncio.Task[Continuation]] = {}
-        self._received: dict[int, Received] = {}
+        self._waiting: deque[_Work] = deque()  # this and the next two: in the loop's thread only
+        self._work_of: dict[int, _Work] = {}  # open tickets
+        self._num_running = 0  # tickets
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server-engine", daemon=True)
         self._thread.start()
@@ -167,72 +182,110 @@ class ServerEngine(Streaming):
                 self._changed.notify_all()
                 return
         self._client.giving_up.clear()
-        self._pending |= requests
+        for work in self._works(requests):
+            self._waiting.append(work)
+            self._work_of |= dict.fromkeys(work.tickets, work)
         self._start()
 
-    def _start(self) -> None:
-        while self._pending and len(self._running) < self._settings.max_concurrency:
-            ticket = next(iter(self._pending))
-            request = self._pending.pop(ticket)
-            task = self._loop.create_task(self._answer(ticket, request))
-            self._running[ticket] = task
-            task.add_done_callback(functools.partial(self._done, ticket, request))
+    def _works(self, requests: dict[int, Request]) -> list[_Work]:
+        if not self._dialect.merges:
+            return [_Work(request, [ticket]) for ticket, request in requests.items()]
+        works: list[_Work] = []
+        growing: dict[Request, _Work] = {}
+        for ticket, request in requests.items():
+            alike = replace(request, key=0)
+            work = growing.get(alike)
+            if work is None or len(work.tickets) >= min(MAX_MERGED, self._settings.max_concurrency):
+                work = growing[alike] = _Work(request, [])
+                works.append(work)
+            work.tickets.append(ticket)
+        return works
 
-    async def _answer(self, ticket: int, request: Request) -> Continuation:
+    def _start(self) -> None:
+        while self._waiting:
+            work = self._waiting[0]
+            if self._num_running and self._num_running + len(work.tickets) > self._settings.max_concurrency:
+                return
+            self._waiting.popleft()
+            if not work.tickets:  # all cancelled
+                continue
+            self._num_running += len(work.tickets)
+            work.task = self._loop.create_task(self._answer(work))
+            work.task.add_done_callback(functools.partial(self._done, work))
+
+    async def _answer(self, work: _Work) -> list[Continuation]:
+        """Continuations for its tickets, in any order; fewer where the server answered fewer times."""
         assert self._client is not None
+        request, num = work.request, len(work.tickets)
         if (refused := refusal(request, self.facts, self._num_tokens)) is not None:
-            return Continuation((), refused)
+            return [Continuation((), refused)] * num
         max_tokens = min(request.max_new_tokens, self.facts.max_length - len(request.prefix))
-        body, received = self._dialect.body(request, max_tokens)
-        self._received[ticket] = received
+        body, work.received = self._dialect.body(request, max_tokens, num)
         try:
-            await self._client.post("completions", body, received)
+            received = await self._client.post("completions", body, work.received)
         except Refused as error:
             if any(word in error.reason.lower() for word in OVERFLOW_WORDS):
-                return Continuation((), Finish.OVERFLOW)
+                return [Continuation((), Finish.OVERFLOW)] * num
             self._tell(f"the server refuses a request: {error}")
-            return Continuation((), Finish.ERROR)
-        continuation, reason = self._dialect.read(request, max_tokens, received)
-        if reason is not None:
+            return [Continuation((), Finish.ERROR)] * num
+        parts = [received] if num == 1 else [received.part(i) for i in range(min(num, len(received.choices)))]
+        read = [self._dialect.read(request, max_tokens, part) for part in parts]
+        for reason in {reason for _, reason in read if reason is not None}:
             self._tell(f"the server's answer to a request cannot be used: {reason}")
-        return continuation
+        return [continuation for continuation, _ in read]
 
-    def _done(self, ticket: int, request: Request, task: asyncio.Task[Continuation]) -> None:
-        del self._running[ticket]
-        received = self._received.pop(ticket, None)
+    def _done(self, work: _Work, task: asyncio.Task[list[Continuation]]) -> None:
+        self._num_running -= len(work.tickets)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error, work.tickets)
+            return
         if task.cancelled():
-            self._deliver(ticket, self._dialect.cancelled(request, received or Received()))
-        elif (error := task.exception()) is not None:
-            self._fail(error)
+            found = [self._dialect.cancelled(work.request, work.received)] * len(work.tickets)
         else:
-            self._deliver(ticket, task.result())
+            found = task.result()
+        for ticket, continuation in zip(work.tickets, found, strict=False):
+            stopped = ticket in work.cancelled
+            self._deliver(ticket, replace(continuation, finish=Finish.CANCELLED) if stopped else continuation)
+        for ticket in work.tickets[len(found) :]:  # the server sent fewer choices than it was asked for
+            again = self._work_of[ticket] = _Work(work.request, [ticket])
+            self._waiting.append(again)
         self._start()
 
     def _deliver(self, ticket: int, continuation: Continuation) -> None:
+        del self._work_of[ticket]
         with self._changed:
             self._finished.append((ticket, continuation))
             self._num_open -= 1
             self._changed.notify_all()
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException, tickets: Sequence[int]) -> None:
         """Send nothing more and try nothing again; what is under way may still finish."""
         assert self._client is not None
         self._client.giving_up.set()
+        dropped = [*tickets, *(ticket for work in self._waiting for ticket in work.tickets)]
+        self._waiting.clear()
+        for ticket in dropped:
+            del self._work_of[ticket]
         with self._changed:
             self._failure = self._failure or error
-            self._num_open -= 1 + len(self._pending)
-            self._pending.clear()
+            self._num_open -= len(dropped)
             self._changed.notify_all()
 
     def _stop(self, tickets: Sequence[int]) -> None:
         for ticket in tickets:
-            if self._pending.pop(ticket, None) is not None:
+            work = self._work_of.get(ticket)
+            if work is None:
+                continue
+            if work.task is None:
+                work.tickets.remove(ticket)
                 self._deliver(ticket, Continuation((), Finish.CANCELLED))
-            elif ticket in self._running:
-                self._running[ticket].cancel()
+                continue
+            work.cancelled.add(ticket)  # merged with others, it ends with them and counts what it cost
+            if len(work.cancelled) == len(work.tickets):
+                work.task.cancel()
 
     async def _shut(self) -> None:
-        self._stop(list(self._pending))
+        self._stop(list(self._work_of))
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

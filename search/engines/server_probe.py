@@ -54,6 +54,8 @@ class _Probe:
             abilities = replace(abilities, stream=await self._stream(abilities))
         if self._settings.seeds:
             abilities = replace(abilities, seeds=await self._seeds(abilities))
+        else:  # nothing to lose by asking for several at once
+            abilities = replace(abilities, several=await self._several(abilities))
         again = await self._ask(abilities)
         return replace(abilities, cached_tokens=cached_tokens(again.usage) is not None)
 
@@ -90,7 +92,7 @@ class _Probe:
         """Whether it read the ids as one prompt of these very tokens."""
         counted = received.usage.get("prompt_tokens")
         read = received.choice.get("prompt_token_ids")
-        return received.num_choices == 1 and counted in (None, len(self._ids)) and read in (None, self._ids)
+        return len(received.choices) == 1 and counted in (None, len(self._ids)) and read in (None, self._ids)
 
     async def _accepted(self, asked: Abilities) -> Abilities:
         """Which optional fields a strict server takes."""
@@ -149,6 +151,12 @@ class _Probe:
                 continue
             return fields
         return None
+
+    async def _several(self, abilities: Abilities) -> bool:
+        try:
+            return len((await self._ask(abilities, temperature=1.0, n=2)).choices) == 2
+        except Refused:
+            return False
 
     async def _seeds(self, abilities: Abilities) -> bool:
         try:

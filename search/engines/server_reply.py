@@ -1,9 +1,8 @@
 """How a server is asked and how its replies are read: from a Request to a body, from a reply to a Continuation.
 
 Ids decide where there are any: a continuation ends with the first end-of-sequence id, or with the token that completes
-the stop text. Replies that are text only are read by their finish reason and encoded: approximate. Left out: merging
-requests of one prefix by `n` (one seed each is worth more, and a server with a prefix cache computes the prefix once
-anyway), log probabilities.
+the stop text. Replies that are text only are read by their finish reason and encoded: approximate. Left out: log
+probabilities.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ class Abilities:
     stop: Literal["included", "told", "silent"] = "included"
     stream: Mapping[str, Any] | None = None  # the fields that ask for a stream; None: it has none
     seeds: bool = False
+    several: bool = False  # answers `n` times
     cached_tokens: bool = False  # tells how much of a prompt it had cached
 
     @property
@@ -74,8 +74,15 @@ class Dialect:
 
     # ------------------------------------------------------------ asking
 
-    def body(self, request: Request, max_tokens: int) -> tuple[dict[str, Any], Received]:
-        """The body to send, and what will take its reply."""
+    @property
+    def merges(self) -> bool:
+        """Whether requests of one prefix go out as one: not where each has a seed, or is read piece by piece."""
+        abilities = self._abilities
+        plain = abilities.ids != "none" and abilities.stop == "included" and not self._stream
+        return abilities.several and plain and not abilities.seeds
+
+    def body(self, request: Request, max_tokens: int, num: int = 1) -> tuple[dict[str, Any], Received]:
+        """The body to send for `num` answers, and what will take its reply."""
         abilities = self._abilities
         prompt = (
             list(request.prefix) if abilities.prompt_ids else prompt_text(self._tokenizer, request.prefix, abilities)
@@ -85,6 +92,8 @@ class Dialect:
         body |= abilities.fields
         if abilities.seeds:  # another at each position: steps of one candidate must not repeat their draws
             body["seed"] = key64(request.key, len(request.prefix)) >> (64 - SEED_BITS)
+        if num > 1:
+            body["n"] = num
         silent = request.stop is not None and abilities.stop == "silent"
         if request.stop is not None and not silent:
             body["stop"] = [request.stop]
@@ -109,7 +118,7 @@ class Dialect:
         return Continuation(tuple(ids), Finish.CANCELLED, prefilled_tokens=len(request.prefix))
 
     def _ended(self, request: Request, max_tokens: int, received: Received) -> _Ended:
-        if not received.num_choices:
+        if not received.choices:
             return (), Finish.ERROR, "the reply holds no choices"
         why = received.choice.get("finish_reason")
         if why not in ("stop", "length") and not received.stopped:
