@@ -139,7 +139,7 @@ class Bootstrap(Section):
 
     hidden_size: PositiveInt = 96
     layers: PositiveInt = 3
-    heads: PositiveInt = 4
+    heads: PositiveInt = Field(default=3, description="32 wide each: vLLM on CPUs runs no heads of 24")
     key_value_heads: PositiveInt | None = Field(default=None, description="default: as many as heads")
     feed_forward: PositiveInt = Field(default=3, description="width of the feed-forward layers, in hidden sizes")
     examples: PositiveInt = Field(default=60_000, description="demonstrations generated")
