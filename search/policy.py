@@ -112,10 +112,13 @@ class Policy:
         if attempts:
             texts = [a.text for a in attempts]
             shown = tuple(prompt_ids(self._sampler.task, self._sampler.engine.tokenizer, self.problem, texts))
-        return [
+        started = [
             Candidate(path=(n,), prompt_ids=shown, key=key64(*self._sampler.seed, self.problem.key, stream, n))
             for n in range(first, first + num)
         ]
+        if self.trace and attempts:
+            self.trace.start(started, attempts)
+        return started
 
     def fork(self, candidate: Candidate, num: int) -> list[Candidate]:
         """`num` copies that go on independently."""

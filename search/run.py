@@ -54,14 +54,16 @@ def search(
     verifier: Verifier | None = None,
     *,
     max_tokens: int | None = None,
+    keep_unfinished: bool = False,
     on_tick: Callable[[Tick], None] | None = None,
     on_result: Callable[[SearchResult], None] | None = None,
     traces: Sequence[Trace] | None = None,
 ) -> list[SearchResult]:
     """Run the plan on all problems together and grade every candidate.
 
-    A problem that `max_tokens` left unfinished is missing from the results; one that failed carries its reason and
-    selects nothing. `on_result` gets each result as soon as its problem is done. Raises EngineError.
+    A problem that `max_tokens` left unfinished is missing from the results, or with `keep_unfinished` has the answers
+    that were finished; one that failed carries its reason and selects nothing. `on_result` gets each result as soon as
+    its problem is done. Raises EngineError.
     """
     recorders: Sequence[Trace | None] = traces or [None] * len(problems)
     policies = [Policy(p, sampler, plan.budget, t) for p, t in zip(problems, recorders, strict=True)]
@@ -84,6 +86,7 @@ def search(
         sampler.engine,
         verifier,
         max_tokens=max_tokens,
+        finish_at_cap=keep_unfinished,
         on_done=done if on_result else None,
         on_tick=on_tick,
     )

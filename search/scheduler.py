@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from search.errors import EngineError, VerifierError
+from search.errors import BudgetExceeded, EngineError, VerifierError
 from search.policy import Ask, Question
 from search.types import Continuation, Engine, StreamingEngine, Verifier
 
@@ -34,17 +34,19 @@ def run_together(
     verifier: Verifier | None = None,
     *,
     max_tokens: int | None = None,
+    finish_at_cap: bool = False,
     on_done: Callable[[int, T], None] | None = None,
     on_tick: Callable[[Tick], None] | None = None,
 ) -> list[T | None]:
     """Every coroutine's result, in order.
 
     `max_tokens` is a hard cap on what is generated: a request is made only if it fits even at its full length; what
-    cannot be finished under it ends, with the result None. `on_done` gets each result as soon as it is there.
+    cannot be finished under it ends, with the result None, or with `finish_at_cap` is refused with BudgetExceeded, so
+    that each coroutine can end with what it has. `on_done` gets each result as soon as it is there.
     Raises what a coroutine raises, and EngineError; the others are closed, and an engine's work in flight cancelled.
     """
     run = (_Streaming if isinstance(engine, StreamingEngine) else _Batched)(
-        coroutines, engine, verifier, max_tokens, on_done, on_tick
+        coroutines, engine, verifier, max_tokens, finish_at_cap, on_done, on_tick
     )
     try:
         run.run()
@@ -64,6 +66,7 @@ class _Run(Generic[T]):
         engine: Any,
         verifier: Verifier | None,
         max_tokens: int | None,
+        finish_at_cap: bool,
         on_done: Callable[[int, T], None] | None,
         on_tick: Callable[[Tick], None] | None,
     ):
@@ -71,6 +74,7 @@ class _Run(Generic[T]):
         self.engine = engine
         self.verifier = verifier
         self.max_tokens = max_tokens
+        self.finish_at_cap = finish_at_cap
         self.on_done = on_done
         self.on_tick = on_tick
         self.results: dict[int, T] = {}
@@ -86,7 +90,9 @@ class _Run(Generic[T]):
             if self.questions:
                 self.answer()
             elif not self.generate():
-                return
+                if not self.finish_at_cap:
+                    return
+                self.refuse()
 
     @property
     def in_flight(self) -> bool:
@@ -99,10 +105,16 @@ class _Run(Generic[T]):
     def stop(self) -> None:
         """Leave nothing in flight."""
 
-    def advance(self, i: int) -> None:
+    def refuse(self) -> None:
+        """Tell everyone who waits for the engine that the cap is reached."""
+        waiting, self.asks = sorted(self.asks), {}
+        for i in waiting:
+            self.advance(i, BudgetExceeded(f"the cap of {self.max_tokens} tokens leaves no room for more"))
+
+    def advance(self, i: int, error: BudgetExceeded | None = None) -> None:
         """Run coroutine i to its next question."""
         try:
-            waits_for = self.coroutines[i].send(None)
+            waits_for = self.coroutines[i].throw(error) if error else self.coroutines[i].send(None)
         except StopIteration as end:
             self.results[i] = end.value
             self.tick.finished += 1

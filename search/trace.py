@@ -6,7 +6,7 @@ fork gives the same place a second name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,11 @@ class Node:
     text: str
     tokens: int
     finish: str
-    score: float | None = None
+    chain: int | None = None  # which independent chain or subtree it grew in, where the strategy has several
+    shown: tuple[int, ...] = ()  # of one that starts at the prompt: the attempts in it, oldest first (revisions)
+    score: float | None = None  # of a rollout's last step: what the step it began at is judged by
     answer: str | None = None
-    correct: bool | None = None
+    grade: str | None = None  # correct | wrong | ungraded; None: nothing to grade against, or thrown away
     kept: bool = False  # on the way to an answer that was returned
     selected: bool = False  # on the way to the answer that was given
 
@@ -36,12 +38,21 @@ class Trace:
 
     nodes: list[Node] = field(default_factory=list[Node])
     _places: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    _shown: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])  # by random stream
+
+    def start(self, candidates: Iterable[Candidate], attempts: Sequence[Candidate]) -> None:
+        """The candidates begin with these attempts in their prompts."""
+        places = [self._places.get((attempt.key, len(attempt.ids))) for attempt in attempts]
+        shown = tuple(place for place in places if place is not None)
+        self._shown |= {candidate.key: shown for candidate in candidates}
 
     def grow(self, before: Candidate, after: Candidate, kind: str) -> None:
         """`after` continues `before`."""
         parent = self._places.get((before.key, len(before.ids)))
         text = after.text[len(before.text) :]
         node = Node(len(self.nodes), parent, kind, text, len(after.ids) - len(before.ids), after.finish.value)
+        node.chain = after.chain
+        node.shown = () if parent is not None else self._shown.get(after.key, ())
         self.nodes.append(node)
         self._places[after.key, len(after.ids)] = node.id
 
@@ -63,7 +74,7 @@ class Trace:
                 continue
             leaf = self.nodes[place]
             leaf.answer = graded.answer
-            leaf.correct = None if graded.grade is None else graded.grade.value == "correct"
+            leaf.grade = graded.grade.value if graded.grade else None
             while place is not None:
                 node = self.nodes[place]
                 node.kept = True

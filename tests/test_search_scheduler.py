@@ -189,3 +189,18 @@ def test_an_answer_that_runs_into_the_next_question_ends_before_it():
     assert candidate.finish is Finish.EOS
     assert candidate.ids == (*b"4", engine.tokenizer.eos_token_id)
     assert policy.spend.generated_tokens == len("4\n\nQuestion:")
+
+
+def test_what_meets_the_cap_is_dropped_or_ends_with_what_it_has():
+    async def one_by_one(policy):
+        try:
+            return [(await policy.sample(1))[0].text for _ in range(4)]
+        except BudgetExceeded:
+            return [c.text for c in policy.finished]
+
+    def run(**how):
+        engine = RecordingEngine(lambda prompt, temperature, key: "abcde")  # six tokens, EOS included
+        return run_together([one_by_one(policy_for("a", engine, max_new_tokens=6))], engine, max_tokens=14, **how)
+
+    assert run() == [None]
+    assert run(finish_at_cap=True) == [["abcde", "abcde"]]

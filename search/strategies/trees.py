@@ -99,7 +99,7 @@ async def grow(
     Returns every candidate that ended, scored, in the order of the trees (its `chain`).
     """
     places = [len(tree) for tree in trees]
-    live = [list(tree) for tree in trees]
+    live = [[replace(c, chain=t) for c in tree] for t, tree in enumerate(trees)]
     ended: list[list[Candidate]] = [[] for _ in trees]
     for _ in range(max_rounds):
         flat = [candidate for tree in live for candidate in tree]
@@ -117,7 +117,7 @@ async def grow(
     rest = iter(await verifier.score(await policy.finish([c for tree in live for c in tree])))  # max_rounds is over
     for t, tree in enumerate(live):
         ended[t] += [next(rest) for _ in tree]
-    return [replace(c, chain=t) for t, tree in enumerate(ended) for c in tree]
+    return [c for tree in ended for c in tree]
 
 
 async def _scored(policy: Policy, verifier: Scorer, candidates: list[Candidate], lookahead: int) -> list[Candidate]:
