@@ -56,7 +56,7 @@ def evaluate_model(
     task = load_task(config)
     if split not in ("validation", "test"):
         raise ConfigError(f"--split {split}: expected validation or test")
-    policy = _find_model(config, runs_dir, model)
+    policy = find_model(config, runs_dir, model)
     problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
     if not problems:
         raise DataError(f"--split {split}: the task has no problem in it; give more problems, or a larger share")
@@ -65,7 +65,7 @@ def evaluate_model(
             loop.count_test_look()
     rows: list[evaluate.Row] = []
     ungraded = 0
-    with _work_folder() as folder:
+    with work_folder() as folder:
         wanted = {"split": split, "greedy": "greedy" in request.strategies}
         write_json(folder / "request.json", wanted | {"samples": max(request.budgets) if rules else 0})
         write_problems(problems, folder / "problems.jsonl")
@@ -85,9 +85,9 @@ def evaluate_model(
 
 
 @contextmanager
-def _work_folder() -> Iterator[Path]:
+def work_folder(command: str = "eval") -> Iterator[Path]:
     """A temporary folder; it stays where a stage failed, since the error names the log in it."""
-    folder = Path(tempfile.mkdtemp(prefix="ratchet-eval-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"ratchet-{command}-"))
     keep = False
     try:
         yield folder
@@ -127,7 +127,7 @@ def evaluate_pool(path: Path, task_name: str, request: Request) -> dict[str, Any
     return evaluate_file(path, task_name, request.budgets, grader_of(task_name))
 
 
-def _find_model(config: Config, runs_dir: Path, model: str) -> Path:
+def find_model(config: Config, runs_dir: Path, model: str) -> Path:
     """Where the model lies. Raises DataError, ModelError."""
     if model not in ("champion", "base"):
         if not Path(model).is_dir():
