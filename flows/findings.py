@@ -8,7 +8,6 @@ measuring with the other half keeps that out, too.)
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flows.history import History, ModelRef, Round, greedy_outcomes, shard_files
+from flows.show import harmless
 from search import evaluate, stats
 from search.results import read_results
 from search.stats import Estimate
@@ -167,11 +167,6 @@ def _text(result: SearchResult) -> str:
 
 
 def clean(text: str) -> str:
-    """Foreign text that may be shown: cut to length; control, format and private characters become visible marks.
-
-    Terminals obey escape sequences, and bidirectional marks reorder what a person reads. HTML is escaped elsewhere.
-    """
-    shown = "".join(
-        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    """Foreign text that may be shown: harmless and cut to length."""
+    shown = harmless(text)
     return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + " [...]"

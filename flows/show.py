@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,14 @@ def count(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:g}"
+
+
+def harmless(text: str) -> str:
+    """Foreign text that may be shown: control, format and private characters become visible marks.
+
+    Terminals obey escape sequences, and bidirectional marks reorder what a person reads. HTML is escaped elsewhere.
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _Left(TextColumn):
@@ -88,6 +97,8 @@ class Display:
         if "tokens" in info:
             elapsed = max(time.monotonic() - self._started_s, 1e-3)
             shown += f" · {count(info['tokens'] / elapsed)} tok/s"
+        if "steps" in info:
+            shown += f" · {count(info['steps'])} steps"
         if "loss" in info:
             shown += f" · loss {info['loss']:.3f}"
         self._progress.update(self._task, completed=done, total=total, info=shown)

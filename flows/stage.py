@@ -23,11 +23,13 @@ from flows.locks import gpu_locks, visible_gpus
 from flows.quiet import QUIET
 
 WHERE = {
+    "search": "flows.searching",
     "select": "flows.learning",
     "distill": "flows.learning",
     "gate": "flows.learning",
     "difficulty": "flows.predicting",
     "sample": "flows.evaluation",
+    "solve": "flows.solve",
 }  # the other stages lie in flows.stages
 
 
@@ -73,13 +75,16 @@ class Stages:
                 progress(event["done"], event["total"], **event["info"])
 
         name = call.out.name.removesuffix(".work")
-        with gpu_locks(used_gpus(call), f"stage {name} of {call.out.absolute().parent}", _tell):
+        gpus, env = used_gpus(call), self._env
+        if call.function == "distill" and gpus:  # a trainer takes the first it sees
+            env = env | {"CUDA_VISIBLE_DEVICES": gpus[0]}
+        with gpu_locks(gpus, f"stage {name} of {call.out.absolute().parent}", _tell):
             run_child(
                 ["flows.stage", _spec(call)],
                 what=f"stage {name}",
                 log_path=call.out / "log.txt",
                 python=settings.python,
-                env=self._env,
+                env=env,
                 timeout_s=settings.timeout_s,
                 on_event=on_event,
                 zygote=self._zygote,
@@ -87,14 +92,14 @@ class Stages:
 
 
 def used_gpus(call: StageCall) -> list[str]:
-    """The GPUs that a stage will run on; none on CPU. Training takes every one it sees, the engine the configured."""
+    """The GPUs that a stage will run on; none on CPU. Training runs where a transformers engine is told to."""
     engine = call.config.engine
     if engine.type == "scripted":
         return []
     visible = visible_gpus()
-    if call.function == "distill" or engine.type == "vllm":
-        return visible
-    if engine.type != "transformers":  # a server has its own
+    if engine.type == "vllm":
+        return visible[:1] if call.function == "distill" else visible
+    if engine.type != "transformers":  # a server has its own, and makes no model
         return []
     if engine.device == "auto":
         return visible[:1]
