@@ -6,6 +6,7 @@ What was asked and what was answered is kept in `.bodies` and `.answers`, withou
 once `.forget()` was called.
 """
 
+import itertools
 import json
 import select
 import socket
@@ -45,6 +46,7 @@ class Switches:
     ignores_stop: bool = False
     returns_eos: bool = True  # EOS among the ids
     no_seeds: bool = False  # every sample is another
+    most_choices: int | None = None  # answers at most so often to `n`; 0: refuses `n`
     no_stream: bool = False  # answers in one piece, whatever was asked
     no_usage: bool = False
     caches: bool = False  # tells cached tokens: all but the last of the prompt
@@ -87,6 +89,7 @@ class FakeServer:
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
+        self.draws = itertools.count()  # for samples without a seed
         self.closing = threading.Event()
 
     def __enter__(self) -> "FakeServer":
@@ -113,10 +116,8 @@ class FakeServer:
 
     def answer(self, body: dict[str, Any]) -> Answer:
         """What the policy says to a body, cut at the stop text or the limit."""
-        with self.lock:
-            draw = len(self.answers)
         switches, prefix = self.switches, self.prefix(body)
-        seed = body.get("seed", 0) if not switches.no_seeds else draw
+        seed = body["seed"] if "seed" in body and not switches.no_seeds else next(self.draws)
         ids = self.policy(prefix, body.get("max_tokens", 16), body.get("temperature", 1.0), seed)
         ids, finish = ids[: body.get("max_tokens", 16)], "length"
         stops = [] if switches.ignores_stop else list(body.get("stop") or [])
@@ -227,15 +228,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream(body, switches, cut=number < switches.break_off)
             return
         self._wait(switches.delay_s)
-        answer = self.fake.answer(body)
+        num = min(body.get("n", 1), switches.most_choices or body.get("n", 1))
+        answers = [self.fake.answer(body) for _ in range(num)]
         with self.fake.lock:
-            self.fake.answers.append(answer)
-        data = json.dumps(self._reply(body, answer, switches)).encode()
+            self.fake.answers += answers
+        data = json.dumps(self._reply(body, answers, switches)).encode()
         self._send(200, data, "application/json", shown=len(data) // 2 if number < switches.break_off else None)
 
     def _refusal(self, body: dict[str, Any], switches: Switches) -> str:
         if switches.strict and (unknown := sorted(body.keys() - STANDARD)):
             return f"Unrecognized request arguments: {', '.join(unknown)}"
+        if switches.most_choices == 0 and "n" in body:
+            return "n is not supported"
         if switches.text_prompts and not isinstance(body["prompt"], str):
             return "prompt must be a string"
         length = len(self.fake.prefix(body)) + body.get("max_tokens", 16)
@@ -243,14 +247,14 @@ class _Handler(BaseHTTPRequestHandler):
             return f"This model's maximum context length is {switches.max_length} tokens, you asked for {length}"
         return ""
 
-    def _reply(self, body: dict[str, Any], answer: Answer, switches: Switches) -> dict[str, Any]:
-        choices = [self._choice(body, answer, switches)]
+    def _reply(self, body: dict[str, Any], answers: list[Answer], switches: Switches) -> dict[str, Any]:
+        choices = [self._choice(body, answer, switches) | {"index": n} for n, answer in enumerate(answers)]
         if switches.misreads_ids and isinstance(body["prompt"], list):
             choices = [choices[0] | {"index": n} for n in range(len(body["prompt"]))]
         reply = {"object": "text_completion", "model": body["model"], "choices": choices}
         if switches.empty == "choices":
             reply["choices"] = []
-        return reply if switches.no_usage else reply | {"usage": self._usage(body, answer, switches)}
+        return reply if switches.no_usage else reply | {"usage": self._usage(body, answers, switches)}
 
     def _choice(self, body: dict[str, Any], answer: Answer, switches: Switches) -> dict[str, Any]:
         ids = [] if switches.empty == "text" else answer.ids
@@ -262,8 +266,9 @@ class _Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": [-0.5] * len(ids)}
         return choice
 
-    def _usage(self, body: dict[str, Any], answer: Answer, switches: Switches) -> dict[str, Any]:
-        num_prompt, num_new = len(self.fake.prefix(body)), 0 if switches.empty == "text" else max(1, len(answer.ids))
+    def _usage(self, body: dict[str, Any], answers: list[Answer], switches: Switches) -> dict[str, Any]:
+        num_new = 0 if switches.empty == "text" else sum(max(1, len(answer.ids)) for answer in answers)
+        num_prompt = len(self.fake.prefix(body))
         usage: dict[str, Any] = {"prompt_tokens": num_prompt, "completion_tokens": num_new}
         if switches.caches:
             usage["prompt_tokens_details"] = {"cached_tokens": num_prompt - 1}
@@ -293,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not answer.ids:
             self._event({"choices": [self._choice(body, answer, switches)]})
         if (body.get("stream_options") or {}).get("include_usage"):
-            self._event({"choices": [], "usage": self._usage(body, answer, switches)})
+            self._event({"choices": [], "usage": self._usage(body, [answer], switches)})
         self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
         with fake.lock:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -183,6 +184,72 @@ def test_without_seeds_nothing_is_claimed(serve, connect, tokenizer) -> None:
     engine.extend(requests(tokenizer, 2))
     assert all("seed" not in body for body in server.bodies)
     assert not connect(serve(no_seeds=True)).capabilities.seeds
+
+
+def alike(tokenizer: Any, *counts: int, **changes: Any) -> list[Request]:
+    """So many requests for each of some prompts, mixed."""
+    different = requests(tokenizer, len(counts), **changes)
+    rows = [(n, replace(r, key=key64(r.key, n))) for r, count in zip(different, counts, strict=True) for n in range(count)]
+    return [request for _, request in sorted(rows, key=lambda row: row[0])]
+
+
+def test_without_seeds_alike_requests_go_out_as_one(serve, connect, tokenizer) -> None:
+    server = serve()
+    engine = connect(server, seeds=False)
+    asked = alike(tokenizer, 5, 70, 1)
+    found = engine.extend(asked)
+    assert sorted(body.get("n", 1) for body in server.bodies) == [1, 5, 6, 64]
+    assert len({c.ids for c in found}) > 40, "samples, not copies"
+    told = {(tuple(b["prompt"]), tuple(a.ids)) for b in server.bodies for a in server.answers}
+    assert all((r.prefix, c.ids) in told for r, c in zip(asked, found, strict=True))
+    server.forget()
+    engine.extend(asked[:3] * 2)
+    engine.extend([asked[0], replace(asked[0], stop=None), replace(asked[0], max_new_tokens=3)])
+    assert sorted(body.get("n", 1) for body in server.bodies) == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("most_choices", [0, 1, 2, 3])
+@pytest.mark.parametrize("seeds", [False, True])
+def test_servers_without_n_work(most_choices, seeds, serve, connect, tokenizer) -> None:
+    """They refuse it, ignore it, or answer less often than they were asked to."""
+    server = serve(most_choices=most_choices)
+    engine = connect(server, seeds=seeds)
+    found = engine.extend(alike(tokenizer, 8, 3))
+    assert {c.finish for c in found} <= {Finish.STOP, Finish.EOS, Finish.LENGTH}
+    assert all(c.ids for c in found)
+    assert len({c.ids for c in found}) > 6
+    if seeds or most_choices < 2:
+        assert not any("n" in body for body in server.bodies)
+
+
+def test_cancelling_some_of_one_request(serve, connect, tokenizer) -> None:
+    """The others finish; what the cancelled ones cost is counted. When nobody waits any more, it is hung up on."""
+    gate = threading.Event()
+
+    def policy(prefix: Sequence[int], max_tokens: int, temperature: float, seed: int) -> list[int]:
+        gate.wait(20)
+        return [5] * max_tokens
+
+    gate.set()
+    server = serve(policy)
+    engine = connect(server, seeds=False, max_concurrency=4)
+    gate.clear()
+    tickets = engine.submit(alike(tokenizer, 7, max_new_tokens=6))
+    wait_until(lambda: server.num_running == 1)
+    engine.cancel([tickets[1], *tickets[5:]])
+    gate.set()
+    got: dict[int, Continuation] = {}
+    while found := engine.collect():
+        got |= dict(found)
+    cancelled = [t for t in tickets if got[t].finish is Finish.CANCELLED]
+    assert cancelled == [tickets[1], *tickets[5:]]
+    assert [len(got[t].ids) for t in tickets] == [6, 6, 6, 6, 6, 0, 0], "4 in flight, the last two never were"
+    gate.clear()
+    tickets = engine.submit(alike(tokenizer, 4))
+    wait_until(lambda: server.num_running == 1)
+    engine.cancel(tickets)
+    assert [c.finish for _, c in engine.collect()] == [Finish.CANCELLED] * 4
+    gate.set()
 
 
 def test_cached_tokens_are_counted(serve, connect, tokenizer) -> None:
