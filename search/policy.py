@@ -98,6 +98,9 @@ class Policy:
         self._whole = 0  # answers drawn whole
         self._width: Counter[int] = Counter()  # steps generated at each depth
         self._prompts: list[tuple[int, ...]] = []  # prompts computed so far, for the ideal FLOPs
+        self._shown: dict[tuple[int, ...], tuple[str, ...]] = {}  # the attempts that a revision's prompt shows
+        self._flops_per_token = 2.0 * sampler.engine.facts.flops_parameters
+        self.verifier_flops_per_token = 0.0
 
     # ------------------------------------------------------------ candidates
 
@@ -110,8 +113,9 @@ class Policy:
         self._drawn[stream] += num
         shown: tuple[int, ...] = ()
         if attempts:
-            texts = [a.text for a in attempts]
+            texts = tuple(a.text for a in attempts)
             shown = tuple(prompt_ids(self._sampler.task, self._sampler.engine.tokenizer, self.problem, texts))
+            self._shown[shown] = texts
         started = [
             Candidate(path=(n,), prompt_ids=shown, key=key64(*self._sampler.seed, self.problem.key, stream, n))
             for n in range(first, first + num)
@@ -132,6 +136,10 @@ class Policy:
             for child in children:
                 self.trace.fork(candidate, child)
         return children
+
+    def attempts(self, candidate: Candidate) -> tuple[str, ...]:
+        """The texts of the earlier answers that it was shown, oldest first."""
+        return self._shown.get(candidate.prompt_ids, ())
 
     def answers(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their canonical answers read, without a look at the gold one."""
@@ -185,7 +193,7 @@ class Policy:
         assert all(c.open for c in candidates), "a candidate that ended cannot be continued"
         whole = 0 if stop else sum(not c.step_ends for c in candidates)
         depths = Counter(len(c.step_ends) for c in candidates if stop or c.step_ends)
-        self._affordable(len(candidates))
+        self._affordable(candidates)
         self._charge_samples(whole, depths)
         grown = await self._ask(candidates, stop, temperature, kind="step" if stop else "answer")
         self.finished += [c for c in grown if c.complete]
@@ -196,7 +204,7 @@ class Policy:
     ) -> list[Candidate]:
         if not candidates:
             return []
-        sampler, room = self._sampler, self._affordable(len(candidates))
+        sampler, room = self._sampler, self._affordable(candidates)
         requests = [
             Request(
                 prefix=(c.prompt_ids or self.prompt_ids) + c.ids,
@@ -232,42 +240,49 @@ class Policy:
         self._whole, self._width = self._whole + whole, width
         self.spend = replace(self.spend, samples=samples)
 
-    def _affordable(self, num: int) -> int:
-        """The token limit that `num` more continuations may have each. Raises BudgetExceeded."""
+    def _affordable(self, candidates: Sequence[Candidate]) -> int:
+        """The token limit that one more continuation of each may have. Raises BudgetExceeded.
+
+        Of FLOPs, what the verifier will spend on reading the new tokens is kept back, a token for a token.
+        """
         match self._budget.unit:
             case "samples":
                 return self._sampler.max_new_tokens
             case "tokens":
                 left = self._budget.amount - self.spend.generated_tokens
             case "flops":
-                flops_per_token = 2 * self._sampler.engine.facts.flops_parameters
-                left = (self._budget.amount - self.spend.flops_ideal) / max(1, flops_per_token)
-                left -= 0 if self._prompts else len(self.prompt_ids)
-        if left < num:
-            raise BudgetExceeded(f"{num} more answers or steps asked for, {left:g} tokens left of {self._budget}")
-        return min(self._sampler.max_new_tokens, int(left // num))
+                policy, verifier = self._flops_per_token, self.verifier_flops_per_token
+                new = {c.prompt_ids or self.prompt_ids for c in candidates} - set(self._prompts)
+                ahead = sum(policy * self._new_prompt_tokens(p) + verifier * len(p) for p in new)
+                left = (self._budget.amount - self.spend.flops_ideal - ahead) / max(1.0, policy + verifier)
+        if left < len(candidates):
+            raise BudgetExceeded(
+                f"{len(candidates)} more answers or steps asked for, but the budget of {self._budget.amount:g} "
+                f"{self._budget.unit} has {max(0, int(left))} tokens left: give more of it"
+            )
+        return min(self._sampler.max_new_tokens, int(left // max(1, len(candidates))))
 
     def _charge(self, candidates: Sequence[Candidate], continuations: Sequence[Continuation]) -> None:
-        flops_per_token = 2 * self._sampler.engine.facts.flops_parameters
         generated = sum(len(c.ids) for c in continuations)
         prefilled = sum(c.prefilled_tokens for c in continuations)
-        distinct = generated + sum(self._new_prompt_tokens(p) for p in {c.prompt_ids for c in candidates})
+        distinct = generated
+        for candidate, new in zip(candidates, continuations, strict=True):
+            prompt = candidate.prompt_ids or self.prompt_ids
+            if new.ids and prompt not in self._prompts:
+                distinct += self._new_prompt_tokens(prompt)
+                self._prompts.append(prompt)
         self.spend += Spend(
             generated_tokens=generated,
             prefilled_tokens=prefilled,
             cached_tokens=sum(c.cached_tokens for c in continuations),
-            flops_ideal=float(flops_per_token * distinct),
-            flops_actual=float(flops_per_token * (generated + prefilled)),
+            flops_ideal=self._flops_per_token * distinct,
+            flops_actual=self._flops_per_token * (generated + prefilled),
         )
 
-    def _new_prompt_tokens(self, own: tuple[int, ...]) -> int:
-        """Tokens of a prompt that no earlier prompt of this problem began with."""
-        prompt = own or self.prompt_ids
-        if prompt in self._prompts:
-            return 0
-        shared = max((_common_prefix(prompt, known) for known in self._prompts), default=0)
-        self._prompts.append(prompt)
-        return len(prompt) - shared
+    def _new_prompt_tokens(self, prompt: tuple[int, ...]) -> int:
+        """Tokens of a prompt that no earlier prompt or answer of this problem began with."""
+        answers = ((c.prompt_ids or self.prompt_ids) + c.ids for c in self.finished)
+        return len(prompt) - max((_common_prefix(prompt, known) for known in (*self._prompts, *answers)), default=0)
 
 
 class Scorer:
@@ -278,31 +293,30 @@ class Scorer:
         self._policy = policy
         self._delimiter = delimiter
         self._known: dict[_Read, Scored] = {}
+        self._seen: set[_Read] = set()  # every prefix of what was read
+        policy.verifier_flops_per_token = 2.0 * self.facts.flops_parameters
 
     async def score(
-        self,
-        candidates: Sequence[Candidate],
-        *,
-        attempts: Sequence[Sequence[Candidate]] = (),
-        aggregation: Aggregation | None = None,
+        self, candidates: Sequence[Candidate], *, aggregation: Aggregation | None = None
     ) -> list[Candidate]:
         """The candidates with `step_scores` and `score`; a truncated or failed one keeps none.
 
-        `attempts[n]`: the answers that candidate n was shown. An outcome verifier scores finished answers only.
+        The verifier reads the attempts that a candidate was shown too. An outcome verifier scores finished ones only.
         Raises VerifierError for scores that cannot be used.
         """
         aggregate = AGGREGATE[aggregation or self.facts.aggregation]
         texts: dict[int, _Read] = {}
         for i, candidate in enumerate(candidates):
             if candidate.complete or (candidate.open and self.facts.process):
-                shown = tuple(a.text for a in attempts[i]) if attempts else ()
-                texts[i] = (shown, steps_of(candidate, self._delimiter))
+                texts[i] = (self._policy.attempts(candidate), steps_of(candidate, self._delimiter))
         new = [read for read in dict.fromkeys(texts.values()) if read not in self._known]
         if new:
             problem = self._policy.problem
-            for read, scored in zip(new, await Question([ScoreRequest(problem, s, a) for a, s in new]), strict=True):
-                self._check(read, scored)
+            replies = await Question([ScoreRequest(problem, steps, attempts) for attempts, steps in new])
+            for read, scored in zip(new, replies, strict=True):
                 self._charge(read, scored)
+            for read, scored in zip(new, replies, strict=True):
+                self._check(read, scored)
         scored_all = list(candidates)
         for i, read in texts.items():
             scores = self._known[read].scores
@@ -323,14 +337,12 @@ class Scorer:
             raise VerifierError(f"problem '{key}': the verifier returned the score {bad[0]}, which is not in 0..1")
 
     def _charge(self, read: _Read, scored: Scored) -> None:
+        per_token = self._policy.verifier_flops_per_token
+        ideal = per_token * max(0.0, scored.tokens - self._shared_tokens(read, scored))
+        actual = per_token * scored.computed_tokens
         attempts, steps = read
-        before = ((attempts, steps[:n]) for n in range(len(steps) - 1, 0, -1))
-        shared = next((self._known[known].tokens for known in before if known in self._known), 0)
-        if not shared and any(known[0] == attempts for known in self._known):
-            shared = scored.prompt_tokens
         self._known[read] = scored
-        ideal = 2.0 * self.facts.flops_parameters * max(0, scored.tokens - shared)
-        actual = 2.0 * self.facts.flops_parameters * scored.computed_tokens
+        self._seen |= {(attempts, steps[:n]) for n in range(len(steps) + 1)}
         self._policy.spend += Spend(
             verifier_tokens=scored.computed_tokens,
             flops_ideal=ideal,
@@ -339,17 +351,32 @@ class Scorer:
             verifier_flops_actual=actual,
         )
 
+    def _shared_tokens(self, read: _Read, scored: Scored) -> float:
+        """Tokens of the longest prefix that was read before; by its share of the characters where only more was."""
+        attempts, steps = read
+        num = next((n for n in range(len(steps), -1, -1) if (attempts, steps[:n]) in self._seen), None)
+        if num is None:
+            return 0.0
+        if known := self._known.get((attempts, steps[:num])):
+            return float(known.tokens)
+        share = sum(map(len, steps[:num])) / max(1, sum(map(len, steps)))
+        return scored.prompt_tokens + share * (scored.tokens - scored.prompt_tokens)
+
 
 # ---------------------------------------------------------------- texts and ids
 
 
 def steps_of(candidate: Candidate, delimiter: str) -> tuple[str, ...]:
-    """The step texts, delimiters included: as they were searched, else split at the delimiter."""
+    """The step texts, delimiters included: as they were searched, else split at the delimiter.
+
+    An answer that ends right after a delimiter has an empty last step, searched or split: so a verifier can tell it
+    from the same text still going on.
+    """
     if candidate.text_ends:
         return candidate.steps
-    pieces = [piece + delimiter for piece in candidate.text.split(delimiter)]
-    pieces[-1] = pieces[-1].removesuffix(delimiter)
-    return tuple(piece for piece in pieces if piece) or ("",)
+    *pieces, last = candidate.text.split(delimiter)
+    steps = tuple(piece + delimiter for piece in pieces)
+    return (*steps, last) if last or candidate.complete or not steps else steps
 
 
 def extended(
@@ -382,4 +409,9 @@ def ended_at(ids: tuple[int, ...], length: int, tokenizer: Any) -> tuple[tuple[i
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """How many items two sequences begin alike with; by halves, since slices are compared fast."""
+    same, most = 0, min(len(a), len(b))
+    while same < most:
+        middle = (same + most + 1) // 2
+        same, most = (middle, most) if a[same:middle] == b[same:middle] else (same, middle - 1)
+    return same

@@ -21,7 +21,6 @@ from search.types import (
     Budget,
     Candidate,
     Engine,
-    Finish,
     Grade,
     Graded,
     Problem,
@@ -104,7 +103,12 @@ async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Ve
     scorer = Scorer(verifier, policy, sampler.task.step_delimiter) if verifier else None
     try:
         return await plan.strategy(policy.problem, policy, scorer, plan.budget), None
-    except BudgetExceeded:
+    except BudgetExceeded as error:
+        if not policy.spend.generated_tokens:
+            return [], str(error)
+    except VerifierError as error:
+        return policy.finished, str(error)
+    try:
         return await scorer.score(policy.finished) if scorer else policy.finished, None
     except VerifierError as error:
         return policy.finished, str(error)
@@ -113,8 +117,9 @@ async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Ve
 def _result(
     plan: Plan, policy: Policy, sampler: Sampler, candidates: Sequence[Candidate], failed: str | None
 ) -> SearchResult:
-    if not failed and candidates and all(c.finish is Finish.ERROR for c in candidates):
-        failed = f"the engine returned nothing for any of its {len(candidates)} candidates"
+    if not failed and candidates and not any(c.ids for c in candidates):
+        ends = ", ".join(sorted({c.finish.value for c in candidates}))
+        failed = f"the engine returned nothing for any of its {len(candidates)} candidates ({ends})"
     return SearchResult(
         problem=policy.problem,
         strategy=plan.name,
@@ -170,8 +175,9 @@ def run_shards(
 ) -> Spend:
     """Write `out/shard-00000.jsonl`, ... and return their spend. Shards already there are kept.
 
-    `max_tokens`: a hard cap on the generated tokens; what is finished under it is written. `part` = (i, n): only every
-    n-th shard from the i-th on, for process i of n. `progress(done, total, tokens=, steps=)`.
+    `max_tokens`: a hard cap on the generated tokens; what is finished under it is written, and a shard that it left
+    incomplete is the last. `part` = (i, n): only every n-th shard from the i-th on, for process i of n.
+    `progress(done, total, tokens=, steps=)`.
     """
     out.mkdir(parents=True, exist_ok=True)
     total, done, steps = Spend(), 0, 0
@@ -194,10 +200,13 @@ def run_shards(
         if not path.exists():
             write_results(_shard(shard, plan, sampler, verifier, path, left, report), path)
             path.with_suffix(".partial").unlink(missing_ok=True)
-        total = sum((r.spend for r in read_results(path)), total)
-        done, steps = done + len(shard), steps + tick.steps
+        spends = [result.spend for result in read_results(path)]
+        total = sum(spends, total)
+        done, steps = done + len(spends), steps + tick.steps
         if progress:
             progress(done, len(problems), tokens=total.generated_tokens, steps=steps)
+        if len(spends) < len(shard):  # the cap was met: what it cost beyond the finished ones is spent too
+            break
     return total
 
 

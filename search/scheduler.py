@@ -198,6 +198,8 @@ class _Streaming(_Run[T]):
         for i, ask in self.admit():
             self.pending[i] = (ask, {})
             tickets = self.engine.submit(ask.requests)
+            if len(tickets) != len(ask.requests):
+                raise EngineError(f"the engine took {len(tickets)} of {len(ask.requests)} requests")
             self.owners |= {ticket: (i, position) for position, ticket in enumerate(tickets)}
         if not self.owners:
             return False
@@ -205,6 +207,8 @@ class _Streaming(_Run[T]):
         if not finished:
             raise EngineError(f"the engine has nothing in flight, but {len(self.owners)} requests are unanswered")
         for ticket, continuation in finished:
+            if ticket not in self.owners:
+                raise EngineError(f"the engine answered ticket {ticket}, which is not in flight")
             i, position = self.owners.pop(ticket)
             ask, replies = self.pending[i]
             replies[position] = continuation

@@ -11,17 +11,17 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from search import answers
 from search.answers import Rule
 from search.errors import ConfigError
-from search.run import Plan
+from search.run import Plan, Strategy
 from search.strategies.best_of_n import adaptive_best_of_n, adaptive_majority, best_of_n, greedy
 from search.strategies.revisions import beam_revisions, revisions, searched_revisions
-from search.strategies.sizes import num_beams, num_samples
+from search.strategies.sizes import half_of, num_beams, num_samples
 from search.strategies.step_rejection import step_rejection
 from search.strategies.trees import beam_search, dvts, lookahead_search, rebase
 from search.types import Budget, VerifierFacts
@@ -69,11 +69,13 @@ STRATEGIES: dict[str, Entry] = {
         beam_revisions,
         answers.hierarchical,
         "process",
-        check=lambda budget, o: num_beams(Budget("samples", num_samples(budget, o["samples"]) // 2), 0, o["width"]),
+        check=lambda budget, o: half_of(budget, o["samples"], o["width"]),
     ),
     "searched_revisions": Entry(searched_revisions, answers.hierarchical, "process", check=_beams),
 }
 
+SCORED_VOTES = ("highest", "weighted", "sharpened", "hierarchical")
+MAY_BE_ZERO = ("samples", "steps", "ratio", "threshold", "certainty", "max_rounds")
 _SPEC = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -105,18 +107,25 @@ class Spec:
     def plan(self, budget: Budget, verifier: VerifierFacts | None = None, *, rule: Rule | None = None) -> Plan:
         """What is run on every problem. Raises BudgetError for a budget that cannot buy one unit of it, ConfigError
         where it needs another verifier."""
-        needs = self.entry.needs
+        needs = self.entry.needs or ("outcome" if self.vote in SCORED_VOTES else "")
         if needs and verifier is None:
             raise ConfigError(
-                f"{self.name} needs a verifier: set verifier.type, or use one of "
+                f"{self.text} needs a verifier: set verifier.type, or use one of "
                 f"{', '.join(name for name, entry in STRATEGIES.items() if not entry.needs)}"
             )
         if needs == "process" and verifier is not None and not verifier.process:
             raise ConfigError(f"{self.name} needs a verifier that scores steps; this one scores finished answers only")
         self.entry.check(budget, defaults(self.entry.function) | dict(self.options))
         strategy = functools.partial(self.entry.function, **self.options)
+        if not needs:
+            strategy = _unscored(strategy)
         amount = f"{budget.amount:g}" + ("" if budget.unit == "samples" else f" {budget.unit}")
         return Plan(f"{self.text} @ {amount}", strategy, budget, rule or self.rule)
+
+
+def _unscored(strategy: Strategy) -> Strategy:
+    """The strategy as if there were no verifier: what nobody asks for is not paid for."""
+    return lambda problem, policy, verifier, budget: strategy(problem, policy, None, budget)
 
 
 def parse(text: str) -> Spec:
@@ -124,9 +133,8 @@ def parse(text: str) -> Spec:
     match = _SPEC.fullmatch(text)
     name = match[1] if match else text.strip()
     if match is None or name not in STRATEGIES:
-        near = difflib.get_close_matches(name, STRATEGIES, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"there is no strategy '{text.strip()}': {hint}There are {', '.join(STRATEGIES)}")
+        near = _nearest(name.partition("(")[0].strip().lower(), STRATEGIES)
+        raise ConfigError(f"there is no strategy '{text.strip()}': {near}there are {', '.join(STRATEGIES)}")
     allowed = defaults(STRATEGIES[name].function)
     options: dict[str, Any] = {}
     vote = None
@@ -137,7 +145,8 @@ def parse(text: str) -> Spec:
                 raise ConfigError(f"{name}: vote={value} is none of {', '.join(VOTES)}")
             vote = value
         elif not equals or option not in allowed:
-            raise ConfigError(f"{name} has no option '{part}': it has {', '.join([*allowed, 'vote'])}")
+            there = [*allowed, "vote"]
+            raise ConfigError(f"{name} has no option '{part}': {_nearest(option, there)}it has {', '.join(there)}")
         else:
             options[option] = _value(name, option, value, allowed[option])
     return Spec(name, options, vote)
@@ -149,6 +158,11 @@ def parse_list(text: str) -> list[Spec]:
     if not specs:
         raise ConfigError(f"no strategy given: there are {', '.join(STRATEGIES)}")
     return specs
+
+
+def _nearest(name: str, there: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(there), 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -163,5 +177,9 @@ def _value(name: str, option: str, text: str, default: Any) -> Any:
             return text.lower() == "true"
     elif isinstance(default, int | float):
         with contextlib.suppress(ValueError):  # said below, with what is expected
-            return type(default)(text)
+            value = type(default)(text)
+            if value > 0 or (value == 0 and option in MAY_BE_ZERO):
+                return value
+            least = "0 or more" if option in MAY_BE_ZERO else "more than 0"
+            raise ConfigError(f"{name}: {option}={text} means nothing; give {least}")
     raise ConfigError(f"{name}: {option}={text} is none; write it like the default, {option}={default}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from search.policy import Policy, Scorer
-from search.strategies.sizes import chain_length, num_beams, num_samples
+from search.strategies.sizes import chain_length, half_of, num_beams, num_samples
 from search.strategies.trees import grow, top
 from search.types import Budget, Candidate, Problem
 
@@ -31,7 +31,8 @@ async def revisions(
     """N attempts in chains, `ratio` = attempts in a row over chains side by side; the last four are shown."""
     num = num_samples(budget, samples)
     length = chain_length(num, ratio)
-    chains: list[Chain] = [[c] for c in await policy.sample(num // length, stream="revisions")]
+    firsts = [replace(c, chain=i) for i, c in enumerate(policy.start(num // length, stream="revisions"))]
+    chains: list[Chain] = [[c] for c in await policy.finish(firsts)]
     return await _revise(policy, verifier, chains, length - 1, window)
 
 
@@ -48,15 +49,14 @@ async def beam_revisions(
     max_rounds: int = 40,
 ) -> list[Candidate]:
     """Half the budget is a beam search; its best answers seed chains of revisions that share the other half."""
-    half = replace(budget, amount=num_samples(budget, samples) // 2, unit="samples")
-    num = num_beams(half, 0, width)
+    num = half_of(budget, samples, width)
     found = await grow(policy, verifier, [policy.start(num)], top(width), max_rounds=max_rounds)
-    ranked = sorted((c for c in found if c.complete), key=lambda c: -(c.score or 0.0))
-    seeds = ranked[: min(chains, num)]
+    ranked = sorted(found, key=lambda c: (not c.complete, -(c.score or 0.0)))
+    ranked = [replace(c, chain=i) for i, c in enumerate(ranked)]
+    seeds = [c for c in ranked[: min(chains, num)] if c.complete]
     if not seeds:
-        return found
-    revised = await _revise(policy, verifier, [[seed] for seed in seeds], num // len(seeds), window)
-    return [replace(c, chain=len(seeds) + i) for i, c in enumerate(ranked[len(seeds) :])] + revised
+        return ranked
+    return ranked[len(seeds) :] + await _revise(policy, verifier, [[c] for c in seeds], num // len(seeds), window)
 
 
 async def searched_revisions(
@@ -87,13 +87,12 @@ async def searched_revisions(
 async def _revise(
     policy: Policy, verifier: Scorer | None, chains: Sequence[Chain], turns: int, window: int
 ) -> list[Candidate]:
-    """`turns` more attempts in every chain; all attempts, scored with what each was shown."""
-    shown: list[Chain] = [[] for chain in chains for _ in chain]
+    """`turns` more attempts in every chain; all attempts, turn by turn, scored where there is a verifier."""
     for _ in range(turns):
         contexts = [[c for c in chain if c.complete][-window:] for chain in chains]
         starts = [policy.start(1, stream="revisions", attempts=context)[0] for context in contexts]
-        for chain, context, attempt in zip(chains, contexts, await policy.finish(starts), strict=True):
+        starts = [replace(c, chain=chain[0].chain) for c, chain in zip(starts, chains, strict=True)]
+        for chain, attempt in zip(chains, await policy.finish(starts), strict=True):
             chain.append(attempt)
-            shown.append(context)
-    turns_first = [replace(chain[t], chain=i) for t in range(turns + 1) for i, chain in enumerate(chains)]
-    return await verifier.score(turns_first, attempts=shown) if verifier else turns_first
+    attempts = [chain[turn] for turn in range(turns + 1) for chain in chains]
+    return await verifier.score(attempts) if verifier else attempts

@@ -19,10 +19,10 @@ def num_samples(budget: Budget, samples: int = 0) -> int:
                 f"a budget in {budget.unit} does not say how wide to search: give samples, as in best_of_n(samples=16)"
             )
         return samples
-    bought = int(min(budget.amount, samples or budget.amount))
-    if bought < 1:
-        raise BudgetError(f"a budget of {budget.amount:g} samples buys no answer: give at least 1")
-    return bought
+    if budget.amount < 1 or samples < 0:
+        given = f"samples = {samples}" if samples < 0 else f"a budget of {budget.amount:g} samples"
+        raise BudgetError(f"{given} buys no answer: give at least 1")
+    return int(min(budget.amount, samples or budget.amount))
 
 
 def num_beams(budget: Budget, samples: int, width: int, lookahead: int = 0) -> int:
@@ -37,6 +37,18 @@ def num_beams(budget: Budget, samples: int, width: int, lookahead: int = 0) -> i
             f"{num} samples are no multiple of width {width}{cost}: give {nearest} samples, or another width"
         )
     return num // each
+
+
+def half_of(budget: Budget, samples: int, width: int) -> int:
+    """Beams of a search that spends half of the budget, a multiple of the width. Raises BudgetError."""
+    num = num_samples(budget, samples)
+    if width < 1 or num % (2 * width):
+        nearest = max(1, num // (2 * max(1, width))) * 2 * max(1, width)
+        raise BudgetError(
+            f"{num} samples are no multiple of 2 x width {width} (half of them are for the beams, half for revisions): "
+            f"give {nearest} samples, or another width"
+        )
+    return num // 2
 
 
 def chain_length(num: int, ratio: float) -> int:

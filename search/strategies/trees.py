@@ -111,7 +111,7 @@ async def grow(
             ended[t] += [c for c in grown if not c.open]
             still = [c for c in grown if c.open]
             if distinct:
-                still = list({c.text: c for c in reversed(still)}.values())[::-1]
+                still = [c for i, c in enumerate(still) if c.text not in {other.text for other in still[:i]}]
             counts = allocate([c.score or 0.0 for c in still], places[t] - len(ended[t])) if still else []
             live[t] = [child for c, num in zip(still, counts, strict=True) if num for child in policy.fork(c, num)]
     rest = iter(await verifier.score(await policy.finish([c for tree in live for c in tree])))  # max_rounds is over

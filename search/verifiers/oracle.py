@@ -32,7 +32,7 @@ class Oracle:
         self._seed = seed
         fingerprint = f"oracle-{settings.noise:g}-{settings.exploits:g}"
         process = hasattr(task, "step_labels")
-        self.facts = VerifierFacts(fingerprint, settings.parameters, process, "min" if process else "last")
+        self.facts = VerifierFacts(fingerprint, settings.parameters, process)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """Scores of 0.9 for right and 0.1 for wrong, flipped by noise; 1 for an exploit."""
