@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 rejected (--requir
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -119,28 +120,84 @@ def eval_command(
     config: ConfigArg = None,
     overrides: SetOpt = None,
     model: Annotated[str, typer.Option(help="champion, base, or a model folder")] = "champion",
-    strategies: Annotated[str, typer.Option(help="comma-separated: greedy, pass, majority")] = "greedy,pass,majority",
-    budgets: Annotated[str, typer.Option(help="samples per problem, comma-separated")] = "1,4,16,64",
+    strategies: Annotated[
+        str | None,
+        typer.Option(help="like 'majority,beam(width=2),dvts(vote=majority)'; default: all plain ones that fit"),
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="per problem, comma-separated; default: 1,4,16,64")] = None,
+    unit: Annotated[str, typer.Option(help="of the budgets: samples, tokens or flops")] = "samples",
     split: Annotated[str, typer.Option(help="validation or test (a look at the test set is counted)")] = "validation",
     problems: Annotated[int, typer.Option(min=1, help="how many problems at most")] = 500,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="hard cap on the tokens generated; what is finished is reported")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="search again what is stored under runs/LOOP/eval")] = False,
     pool: Annotated[Path | None, typer.Option(help="a JSONL file of samples made elsewhere")] = None,
     task: Annotated[str | None, typer.Option(help="with --pool: the task that grades them")] = None,
-    report: Annotated[bool, typer.Option("--report", help="draw accuracy against samples")] = False,
+    report: Annotated[bool, typer.Option("--report", help="draw accuracy against samples, tokens and FLOPs")] = False,
     runs_dir: RunsOpt = RUNS,
     as_json: JsonOpt = False,
 ) -> None:
-    """Accuracy against budget, with standard errors and spend."""
+    """Accuracy of search strategies against budget, with standard errors, paired gains and spend.
+
+    Searches are kept under runs/LOOP/eval and reused. JSON rows hold strategy, budget, n, accuracy, se, failed,
+    ungraded, gain (points over the better of greedy and majority at the same budget, with a 95 % interval),
+    verifier_gain (the same over best_of_n_weighted), saving (the baseline's FLOPs at equal accuracy over its own), spend
+    (of all problems together) and wall_s.
+    """
     from flows import evaluation as module
 
-    chosen = module.Request(_numbers(budgets), tuple(filter(None, strategies.split(","))))
+    chosen = module.Request(_numbers(budgets) if budgets else None, strategies, unit, max_tokens, fresh)
     if pool is not None:
         if task is None:
             raise typer.BadParameter("--pool needs --task: which task grades the answers, for example --task math")
-        found = module.evaluate_pool(pool, task, chosen)
+        found = module.evaluate_pool(pool, task, chosen, report=report)
     else:
         parsed, _, _ = _config(config, overrides, runs_dir)
         found = module.evaluate_model(parsed, runs_dir, model, split, problems, chosen, report=report)
-    _print_json(found) if as_json else module.show(found)
+    if as_json:
+        _print_json(found)
+    else:
+        from flows import eval_table
+
+        eval_table.show(found)
+
+
+@app.command()
+def solve(
+    config: ConfigArg = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="as the task writes it: '3 5 7 > 22'")
+    ] = None,
+    overrides: SetOpt = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="samples; default: search.samples")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="like 'beam(width=4)'; default: search.strategy, or a majority vote")
+    ] = None,
+    model: Annotated[str, typer.Option(help="champion, base, or a model folder")] = "champion",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="hard cap on the tokens generated")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="show the search as a tree, and write a page of it")] = False,
+    html: Annotated[Path | None, typer.Option(help="where the page goes; default: runs/LOOP/traces")] = None,
+    runs_dir: RunsOpt = RUNS,
+    as_json: JsonOpt = False,
+) -> None:
+    """Answer one question: searched for with the chosen strategy and budget."""
+    from flows import solve as module
+
+    if question is None:  # one argument is the question, of the configuration used last
+        config, question = None, module.lone(config)
+    parsed, _, _ = _config(config, overrides, runs_dir)
+    asked = module.Question(question, strategy, budget, max_tokens, trace or html is not None)
+    solution = module.ask(parsed, runs_dir, asked, model)
+    page = None
+    if asked.trace:
+        page = module.write_page(solution, html or module.page_path(solution, runs_dir, parsed.loop.name))
+    if as_json:
+        _print_json(solution.to_json(tree=trace, page=page))
+    else:
+        module.show(solution, tree=trace, page=page)
+    if solution.answer is None:
+        _fail(solution.why_not(), 1)
 
 
 @app.command()
@@ -270,14 +327,15 @@ def _config(name: str | None, overrides: list[str] | None, runs_dir: Path) -> tu
     return config, name, given
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
+    """Budgets; whole numbers, also written like 2e9."""
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or min(numbers) < 1:
+    if not numbers or not all(n >= 1 and n == int(n) for n in numbers if n < math.inf) or math.inf in numbers:
         raise typer.BadParameter(f"--budgets {text}: expected whole numbers from 1, for example 1,4,16,64")
-    return numbers
+    return tuple(map(int, dict.fromkeys(sorted(numbers))))
 
 
 def _print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ first. The terminal (`flows.trace_text`) and the page (`flows.trace_html`) draw 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -244,17 +244,15 @@ class Folded:
     """Branches from one place, and what is left of them: how many draws, and their best score."""
 
     shown: tuple[Branch, ...]
-    num_more: int = 0
+    rest: tuple[Branch, ...] = ()
+    num_more: int = 0  # draws
     best: float | None = None
 
 
 def fold(branches: Sequence[Branch], most_live: int, most_dead: int) -> Folded:
-    """The first of both kinds; the chosen one always is. What leads nowhere goes before what leads somewhere."""
-    live, dead = _split(branches, lambda b: not b.dead)
-    shown, rest = (*live[:most_live], *dead[:most_dead]), [*live[most_live:], *dead[most_dead:]]
+    """The first of those that led on (the chosen one among them) and of those that did not."""
+    live, dead = [b for b in branches if not b.dead], [b for b in branches if b.dead]
+    rest = (*live[most_live:], *dead[most_dead:])
     scores = [b.steps[0].score for b in rest if b.steps[0].score is not None]
-    return Folded(shown, sum(b.steps[0].count for b in rest), max(scores, default=None))
-
-
-def _split(branches: Sequence[Branch], first: Callable[[Branch], bool]) -> tuple[list[Branch], list[Branch]]:
-    return [b for b in branches if first(b)], [b for b in branches if not first(b)]
+    shown = (*live[:most_live], *dead[:most_dead])
+    return Folded(shown, rest, sum(b.steps[0].count for b in rest), max(scores, default=None))

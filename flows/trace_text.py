@@ -1,0 +1,116 @@
+"""The tree of a search in the terminal: a line a step, no wider than the terminal, folded until it can be read.
+
+★ 0.90 5*3=15  ×4, 3 kept
+├╴★ 0.90 15+7=22  → (5*3)+7, right
+╰╴○ 0.10 15-7=8  ×2, pruned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+from rich.tree import Tree
+
+from flows.trace_tree import Branch, Section, Status, Step, fold, num_rows
+
+MARKS: dict[Status, str] = {"chosen": "★", "finished": "●", "kept": "●", "pruned": "○", "cut off": "✂", "failed": "!"}
+LEGEND = "★ chosen  ● led to an answer  ○ pruned  ✂ cut off  ↝ greedy rollout, thrown away  ×3 drawn three times"
+MOST_ROWS = 80
+LIMITS = ((1000, 1000), (16, 4), (8, 2), (4, 1), (3, 0), (2, 0), (1, 0))  # live and pruned branches of one place
+NARROWEST = 18  # columns kept for a step's text, however deep it lies
+
+
+class _Slim(Tree):
+    """A tree with two columns a level instead of four: searches are deep."""
+
+    ASCII_GUIDES = ("  ", "| ", "+-", "`-")
+    TREE_GUIDES: ClassVar = [("  ", "│ ", "├╴", "╰╴")] * 3
+
+
+def show(parts: Sequence[Section], title: str, console: Console) -> None:
+    """Print the sections under the title."""
+    limits = next((limit for limit in LIMITS if sum(_rows(p.branches, limit) for p in parts) <= MOST_ROWS), LIMITS[-1])
+    tree = _Slim(_line(Text(title, style="bold"), console.width), guide_style="dim")
+    for part in parts:
+        inside = tree.add(_line(Text(part.title, style="bold"), console.width - 2)) if part.title else tree
+        _add(inside, part.branches, limits, console.width - 2 * (1 + bool(part.title)))
+    console.print(tree, no_wrap=True, overflow="ellipsis", crop=True)
+    console.print(_line(Text(LEGEND, style="dim"), console.width))
+
+
+def _add(tree: Tree, branches: Sequence[Branch], limits: tuple[int, int], width: int) -> None:
+    folded = fold(branches, *limits)
+    for branch in folded.shown:
+        lines: list[RenderableType] = [_step(step, width) for step in branch.steps]
+        _add(tree.add(Group(*lines)), branch.children, limits, width - 2)
+    if folded.num_more:
+        best = "" if folded.best is None else f", best {folded.best:.2f}"
+        tree.add(_line(Text(f"… {folded.num_more} more{best}", style="dim"), width))
+
+
+def _rows(branches: Sequence[Branch], limits: tuple[int, int]) -> int:
+    """Lines that would be printed."""
+    folded = fold(branches, *limits)
+    inner = sum(len(b.steps) + _rows(b.children, limits) for b in folded.shown)
+    return inner + (folded.num_more > 0)
+
+
+def _step(step: Step, width: int) -> Text:
+    """One line: mark, score, text, then what became of it, which is never cut off."""
+    style = {"chosen": "bold", "pruned": "dim", "cut off": "dim", "failed": "dim"}.get(step.status, "")
+    head = Text(f"{MARKS[step.status]} ", style="bold green" if step.status == "chosen" else "dim")
+    if step.score is not None:
+        head.append(f"{step.score:.2f} ", style="dim" if step.status == "pruned" else _colour(step.score))
+    if step.label:
+        head.append(f"{step.label}: ", style="dim")
+    tail = _fate(step)
+    room = max(NARROWEST, width - head.cell_len - tail.cell_len)
+    body = Text(_cut(one_line(step.text) or "(nothing)", room), style=style)
+    if step.rollout and (left := room - body.cell_len - 4) > 4:
+        body.append(f"  ↝ {_cut(one_line(step.rollout), left)}", style="dim italic")
+    return _line(head + body + tail, max(width, 1))
+
+
+def _fate(step: Step) -> Text:
+    """What became of a step, to stand behind its text."""
+    fate = Text()
+    if step.ended:
+        fate.append("  → " + (_cut(one_line(step.answer), 40) if step.answer is not None else "no answer"))
+        colours = {"correct": ("right", "green"), "wrong": ("wrong", "red"), "ungraded": ("not graded", "yellow")}
+        if step.grade and (step.answer is not None or step.grade == "correct"):
+            word, colour = colours[step.grade]
+            fate.append(", ").append(word, style=colour)
+    words = [f"×{step.count}"] if step.count > 1 else []
+    if not step.ended and 0 < step.num_kept < step.count:
+        words.append(f"{step.num_kept} kept")
+    if step.status in ("pruned", "cut off", "failed"):
+        words.append(step.status)
+    if step.num_hidden:
+        words.append(f"{step.num_hidden} others beside it")
+    return fate.append("  " + ", ".join(words), style="dim") if words else fate
+
+
+def one_line(text: str) -> str:
+    """Line breaks shown as marks, blanks run together."""
+    return " ↵ ".join(" ".join(line.split()) for line in text.strip().splitlines() if line.strip())
+
+
+def _cut(text: str, width: int) -> str:
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def _line(text: Text, width: int) -> Text:
+    text.no_wrap = True
+    text.truncate(width, overflow="ellipsis")
+    return text
+
+
+def _colour(score: float) -> str:
+    return "red" if score < 0.25 else "yellow" if score < 0.6 else "green"
+
+
+__all__ = ["LEGEND", "num_rows", "one_line", "show"]
