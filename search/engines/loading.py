@@ -44,6 +44,7 @@ class Described:
     facts: ModelFacts
     vocab_size: int  # rows of the output head
     eos_ids: tuple[int, ...]
+    dtype: str  # of the weights as saved: "bfloat16"; "auto" where the configuration does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,14 @@ def describe_model(source: Path | str, settings: Model) -> Described:
         generation = GenerationConfig.from_pretrained(parts.base)
     except OSError:
         generation = model.generation_config
-    eos_ids = _eos_ids(generation, tokenizer)
-    return Described(parts, tokenizer, _facts(parts, model, tokenizer), _head(model).weight.shape[0], eos_ids)
+    return Described(
+        parts=parts,
+        tokenizer=tokenizer,
+        facts=_facts(parts, model, tokenizer),
+        vocab_size=_head(model).weight.shape[0],
+        eos_ids=_eos_ids(generation, tokenizer),
+        dtype=str(config.get_text_config().dtype or "auto").removeprefix("torch."),
+    )
 
 
 def find_parts(source: Path | str, settings: Model) -> Parts:
