@@ -243,7 +243,7 @@ class Policy:
     def _affordable(self, candidates: Sequence[Candidate]) -> int:
         """The token limit that one more continuation of each may have. Raises BudgetExceeded.
 
-        Of FLOPs, what the verifier will spend on reading the new tokens is kept back, a token for a token.
+        Of FLOPs, what the verifier spends on reading all of it is kept back, a token for a token.
         """
         match self._budget.unit:
             case "samples":
@@ -253,8 +253,11 @@ class Policy:
             case "flops":
                 policy, verifier = self._flops_per_token, self.verifier_flops_per_token
                 new = {c.prompt_ids or self.prompt_ids for c in candidates} - set(self._prompts)
-                ahead = sum(policy * self._new_prompt_tokens(p) + verifier * len(p) for p in new)
-                left = (self._budget.amount - self.spend.flops_ideal - ahead) / max(1.0, policy + verifier)
+                read = self.spend.generated_tokens + sum(len(p) for p in (*self._prompts, *new))
+                spent = self.spend.flops_ideal - self.spend.verifier_flops_ideal
+                spent += policy * sum(map(self._new_prompt_tokens, new))
+                spent += max(self.spend.verifier_flops_ideal, verifier * read)
+                left = (self._budget.amount - spent) / max(1.0, policy + verifier)
         if left < len(candidates):
             raise BudgetExceeded(
                 f"{len(candidates)} more answers or steps asked for, but the budget of {self._budget.amount:g} "
