@@ -36,6 +36,7 @@ class Solution:
     model: str  # as it was named: champion, base, or a folder
     search_s: float
     load_s: float
+    delimiter: str  # of the task's steps
     capped: bool  # the token cap may have ended the search early
 
     @property

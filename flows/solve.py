@@ -85,24 +85,24 @@ def ask(config: Config, runs_dir: Path, question: Question, model: str = "champi
         question.text.encode()
     except UnicodeEncodeError:
         raise ConfigError("the question is not UTF-8: check the terminal's encoding") from None
-    with work_folder("solve") as folder, _status() as progress:
+    with signals_end_children(), work_folder("solve") as folder, _status() as progress:
         policy = _policy(config, runs_dir, model, folder)
         write_json(folder / "question.json", asdict(question))
         out = folder / "solve"
         out.mkdir()
         call = StageCall("solve", 0, None, config, {"policy": policy, "question": folder}, out, heavy=True, look=1)
         if config.engine.type == "vllm" or config.stages.python not in (None, sys.executable):
-            with signals_end_children(), Stages(config) as stages:
+            with Stages(config) as stages:
                 stages(call, progress)
         else:
             _here(call, progress)
-        times = json.loads((out / "timing.json").read_text(encoding="utf-8"))
+        about = json.loads((out / "about.json").read_text(encoding="utf-8"))
         trace = json.loads((out / "trace.json").read_text(encoding="utf-8"))
         row = json.loads((out / "result.json").read_text(encoding="utf-8"))
     nodes = tuple(Node(**{**node, "shown": tuple(node["shown"])}) for node in trace)
     result = SearchResult.from_json(row)
     capped = question.max_tokens is not None
-    return Solution(result, nodes, config.task.type, model, times["search_s"], times["load_s"], capped)
+    return Solution(result, nodes, config.task.type, model, **about, capped=capped)
 
 
 def _here(call: StageCall, progress: Progress) -> None:
@@ -149,7 +149,7 @@ def _status() -> Iterator[Progress]:
 
 
 def solve(context: Context, inputs: Inputs, out: Path) -> None:
-    """The stage: result.json, trace.json, timing.json."""
+    """The stage: result.json, trace.json, about.json."""
     config = context.config
     asked = Question(**json.loads((inputs["question"] / "question.json").read_text(encoding="utf-8")))
     started_s = time.monotonic()
@@ -182,7 +182,8 @@ def solve(context: Context, inputs: Inputs, out: Path) -> None:
         getattr(task, "close", lambda: None)()
     write_json(out / "result.json", result.to_json())
     write_json(out / "trace.json", trace.to_json())
-    write_json(out / "timing.json", {"load_s": loaded_s - started_s, "search_s": searched_s - loaded_s})
+    times = {"load_s": loaded_s - started_s, "search_s": searched_s - loaded_s}
+    write_json(out / "about.json", times | {"delimiter": task.step_delimiter})
 
 
 def find_problem(task: Task, question: str) -> Problem:

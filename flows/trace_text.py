@@ -1,9 +1,4 @@
-"""The tree of a search in the terminal: a line a step, no wider than the terminal, folded until it can be read.
-
-★ 0.90 5*3=15  ×4, 3 kept
-├╴★ 0.90 15+7=22  → (5*3)+7, right
-╰╴○ 0.10 15-7=8  ×2, pruned
-"""
+"""The tree of a search in the terminal: a line a step, no wider than the terminal, folded until it can be read."""
 
 from __future__ import annotations
 
@@ -15,10 +10,9 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from flows.trace_tree import Branch, Section, Status, Step, fold, num_rows
+from flows.trace_tree import MEANINGS, Branch, Section, Status, Step, all_steps, fold
 
-MARKS: dict[Status, str] = {"chosen": "★", "finished": "●", "kept": "●", "pruned": "○", "cut off": "✂", "failed": "!"}
-LEGEND = "★ chosen  ● led to an answer  ○ pruned  ✂ cut off  ↝ greedy rollout, thrown away  ×3 drawn three times"
+MARKS: dict[Status, str] = {"chosen": "★", "finished": "●", "kept": "•", "pruned": "○", "cut off": "✂", "failed": "!"}
 MOST_ROWS = 80
 LIMITS = ((1000, 1000), (16, 4), (8, 2), (4, 1), (3, 0), (2, 0), (1, 0))  # live and pruned branches of one place
 NARROWEST = 18  # columns kept for a step's text, however deep it lies
@@ -33,20 +27,29 @@ class _Slim(Tree):
 
 def show(parts: Sequence[Section], title: str, console: Console) -> None:
     """Print the sections under the title."""
+    scored = any(step.score is not None for step in all_steps(parts))
     limits = next((limit for limit in LIMITS if sum(_rows(p.branches, limit) for p in parts) <= MOST_ROWS), LIMITS[-1])
     tree = _Slim(_line(Text(title, style="bold"), console.width), guide_style="dim")
     for part in parts:
         inside = tree.add(_line(Text(part.title, style="bold"), console.width - 2)) if part.title else tree
-        _add(inside, part.branches, limits, console.width - 2 * (1 + bool(part.title)))
+        _add(inside, part.branches, limits, console.width - 2 * (1 + bool(part.title)), scored)
     console.print(tree, no_wrap=True, overflow="ellipsis", crop=True)
-    console.print(_line(Text(LEGEND, style="dim"), console.width))
+    console.print(Text(_legend(parts), style="dim"))
 
 
-def _add(tree: Tree, branches: Sequence[Branch], limits: tuple[int, int], width: int) -> None:
+def _legend(parts: Sequence[Section]) -> str:
+    """What the marks mean, of those that are there."""
+    steps = list(all_steps(parts))
+    names = [f"{MARKS[status]} {status}" for status in MEANINGS if any(s.status == status for s in steps)]
+    rollouts = ["↝ greedy rollout, thrown away"] * any(step.rollout for step in steps)
+    return "  ".join([*names, *rollouts, *["×3 drawn three times"] * any(step.count > 1 for step in steps)])
+
+
+def _add(tree: Tree, branches: Sequence[Branch], limits: tuple[int, int], width: int, scored: bool) -> None:
     folded = fold(branches, *limits)
     for branch in folded.shown:
-        lines: list[RenderableType] = [_step(step, width) for step in branch.steps]
-        _add(tree.add(Group(*lines)), branch.children, limits, width - 2)
+        lines: list[RenderableType] = [_step(step, width, scored, then=i > 0) for i, step in enumerate(branch.steps)]
+        _add(tree.add(Group(*lines)), branch.children, limits, width - 2, scored)
     if folded.num_more:
         best = "" if folded.best is None else f", best {folded.best:.2f}"
         tree.add(_line(Text(f"… {folded.num_more} more{best}", style="dim"), width))
@@ -59,12 +62,14 @@ def _rows(branches: Sequence[Branch], limits: tuple[int, int]) -> int:
     return inner + (folded.num_more > 0)
 
 
-def _step(step: Step, width: int) -> Text:
+def _step(step: Step, width: int, scored: bool, *, then: bool) -> Text:
     """One line: mark, score, text, then what became of it, which is never cut off."""
     style = {"chosen": "bold", "pruned": "dim", "cut off": "dim", "failed": "dim"}.get(step.status, "")
-    head = Text(f"{MARKS[step.status]} ", style="bold green" if step.status == "chosen" else "dim")
+    head = Text("↳" * then + f"{MARKS[step.status]} ", style="bold green" if step.status == "chosen" else "dim")
     if step.score is not None:
         head.append(f"{step.score:.2f} ", style="dim" if step.status == "pruned" else _colour(step.score))
+    elif scored:
+        head.append("  -  ", style="dim")
     if step.label:
         head.append(f"{step.label}: ", style="dim")
     tail = _fate(step)
@@ -111,6 +116,3 @@ def _line(text: Text, width: int) -> Text:
 
 def _colour(score: float) -> str:
     return "red" if score < 0.25 else "yellow" if score < 0.6 else "green"
-
-
-__all__ = ["LEGEND", "num_rows", "one_line", "show"]

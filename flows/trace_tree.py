@@ -7,7 +7,7 @@ first. The terminal (`flows.trace_text`) and the page (`flows.trace_html`) draw 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,12 +17,13 @@ from search.trace import Node
 Status = Literal["chosen", "finished", "kept", "pruned", "cut off", "failed"]
 MEANINGS: dict[Status, str] = {
     "chosen": "on the way to the answer given",
-    "finished": "an answer, not the one given",
+    "finished": "ended, but not given",
     "kept": "led to an answer",
     "pruned": "drawn, and given up",
     "cut off": "no room left in the token limit or the context",
     "failed": "the engine returned nothing",
 }
+NESTED = 10  # a search of more steps in a row shows those without a fork below each other, not indented
 DEEPEST = 60  # forks below each other that are drawn; further down only the best way goes on
 
 
@@ -47,7 +48,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Steps in a row, each the only continuation of the one before, then the ways that part after the last."""
+    """One step, then how it went on. In deep searches: steps in a row, each the only continuation of the last."""
 
     steps: tuple[Step, ...]
     children: tuple[Branch, ...] = ()
@@ -80,9 +81,13 @@ def sections(nodes: Sequence[Node], strategy: str) -> list[Section]:
     return [Section(f"{name} {i}", tree.branches(roots)) for i, roots in enumerate(chains.values(), start=1)]
 
 
-def num_rows(branches: Iterable[Branch]) -> int:
-    """Steps shown."""
-    return sum(len(b.steps) + num_rows(b.children) for b in branches)
+def all_steps(parts: Iterable[Section]) -> Iterator[Step]:
+    """Every step once."""
+    waiting = [branch for part in parts for branch in part.branches]
+    while waiting:
+        branch = waiting.pop()
+        yield from branch.steps
+        waiting += branch.children
 
 
 def chosen_way(parts: Sequence[Section]) -> list[Step]:
@@ -110,6 +115,14 @@ class _Tree:
                 self.rollouts.setdefault(node.parent, node)
             else:
                 self.next[node.parent].append(node)
+        self.deep = self._depth() > NESTED
+
+    def _depth(self) -> int:
+        """Steps of the longest way; a node's parent was drawn before it."""
+        depths: list[int] = []
+        for node in self.nodes:
+            depths.append(1 if node.parent is None else depths[node.parent] + (node.kind != "lookahead"))
+        return max(depths, default=0)
 
     def branches(self, nodes: Sequence[Node], depth: int = 0, label: str = "") -> tuple[Branch, ...]:
         """What is drawn for these draws from one place, best first."""
@@ -135,7 +148,7 @@ class _Tree:
     def _branch(self, group: list[Node], depth: int, label: str) -> Branch:
         steps = [replace(self._step(group), label=label)]
         while groups := self._groups([child for node in group for child in self.next[node.id]]):
-            if len(groups) > 1 and depth < DEEPEST:
+            if depth < DEEPEST and (len(groups) > 1 or not self.deep):
                 return Branch(tuple(steps), tuple(self._branch(g, depth + 1, "") for g in groups))
             group = groups[0]
             steps.append(replace(self._step(group), num_hidden=sum(map(len, groups[1:]))))
