@@ -100,9 +100,11 @@ def by_table(table: Mapping[str, str | Sequence[str]], greedy: Mapping[str, str]
     asked: Counter[str] = Counter()
 
     def script(prompt: str, written: str, temperature: float, key: int) -> str:
+        if temperature == 0 and written in (greedy or {}):
+            return (greedy or {})[written]
         pieces = table[written]
         if temperature == 0:
-            return (greedy or {}).get(written, pieces if isinstance(pieces, str) else pieces[0])
+            return pieces if isinstance(pieces, str) else pieces[0]
         if isinstance(pieces, str):
             return pieces
         asked[written] += 1
