@@ -10,6 +10,7 @@ import itertools
 import json
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ class Switches:
     caches: bool = False  # tells cached tokens: all but the last of the prompt
     max_length: int = 256
     tells_length: bool = True
-    root: str | None = None  # where it says the model came from
+    root: str | dict[str, str] | None = None  # where it says its models came from
     models: tuple[str, ...] = ("tiny",)
     key: str | None = None  # refuses other keys
     first: tuple[int, ...] = ()  # status codes of the first completions
@@ -62,6 +63,7 @@ class Switches:
     garbage: int = 0  # completions that are no JSON
     empty: str | None = None  # "choices" or "text": what an answer lacks
     location: str | None = None  # redirects there
+    tls: ssl.SSLContext | None = None
     delay_s: float = 0.0  # before each token of a stream, or before the answer
     hangs: Callable[[dict[str, Any]], bool] | None = None  # bodies that are never answered
 
@@ -99,7 +101,9 @@ class FakeServer:
             fake = server
 
         self.http = _Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        if tls := self.switches.tls:
+            self.http.socket = tls.wrap_socket(self.http.socket, server_side=True)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -169,7 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             self._error(404, "Not Found")
             return
-        cards = [{"id": name, "root": switches.root} for name in switches.models]
+        roots = switches.root if isinstance(switches.root, dict) else dict.fromkeys(switches.models, switches.root)
+        cards: list[dict[str, Any]] = [{"id": name, "root": roots.get(name)} for name in switches.models]
         if switches.tells_length:
             cards = [card | {"max_model_len": switches.max_length} for card in cards]
         self._json(200, {"object": "list", "data": cards})

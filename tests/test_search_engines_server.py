@@ -1,11 +1,13 @@
 """The server engine against servers that do everything, little, or wrong: exact, declared, or a clear error."""
 
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +17,13 @@ import pytest
 from configs.load import InvalidConfig, parse
 from configs.schema import Model
 from configs.schema import ServerEngine as ServerSettings
+from search.engines import load_engine
 from search.engines.server import ServerEngine
 from search.engines.server_http import base_url
 from search.engines.server_reply import Abilities, prompt_text
 from search.errors import ConfigError, EngineError, ModelError
 from search.randomness import key64
+from search.tasks import load_task
 from search.types import Continuation, Finish, Request, StreamingEngine
 
 SECRET = "sk-canary-4711-do-not-print"
@@ -189,7 +193,9 @@ def test_without_seeds_nothing_is_claimed(serve, connect, tokenizer) -> None:
 def alike(tokenizer: Any, *counts: int, **changes: Any) -> list[Request]:
     """So many requests for each of some prompts, mixed."""
     different = requests(tokenizer, len(counts), **changes)
-    rows = [(n, replace(r, key=key64(r.key, n))) for r, count in zip(different, counts, strict=True) for n in range(count)]
+    rows = [
+        (n, replace(r, key=key64(r.key, n))) for r, count in zip(different, counts, strict=True) for n in range(count)
+    ]
     return [request for _, request in sorted(rows, key=lambda row: row[0])]
 
 
@@ -601,6 +607,27 @@ def test_another_model_than_the_policy_is_refused(serve, connect, tmp_path) -> N
         connect(silent, str(other), base="org/model")
 
 
+def test_an_adapter_is_found_by_its_folder(serve, connect, tokenizer, tmp_path) -> None:
+    folders = {name: str(tmp_path / name) for name in ("base", "round-1")}
+    for folder in folders.values():
+        Path(folder).mkdir()
+    server = serve(models=tuple(folders), root=folders)
+    connect(server, folders["round-1"], base=folders["base"]).extend(requests(tokenizer, 1))
+    assert server.bodies[0]["model"] == "round-1"
+
+
+def test_the_configuration_makes_one(serve, tokenizer, tokenizer_folder) -> None:
+    given = {"type": "server", "url": serve().url, "flops_parameters": 1}
+    model = {"base": str(tokenizer_folder)}
+    config = parse({"loop": {"name": "a"}, "task": {"type": "arithmetic"}, "model": model, "engine": given})
+    task = load_task(config)
+    engine = load_engine(config, tokenizer_folder, task)
+    assert engine.extend(requests(tokenizer, 3))[0].ids
+    engine.close()
+    with pytest.raises(ConfigError, match=r"engine\.policy"):
+        load_engine(config, tokenizer_folder.parent, task)
+
+
 def test_the_user_may_say_what_is_served(serve, tokenizer_folder) -> None:
     said = settings(serve().url, tokenizer_folder, policy="org/tuned")
     ServerEngine(said, "org/tuned", Model(base="org/model")).close()
@@ -689,6 +716,41 @@ def test_redirects_are_not_followed(serve, connect, tokenizer, monkeypatch) -> N
     with pytest.raises(EngineError, match=r"redirects to .*give the final address"):
         engine.extend(requests(tokenizer, 2))
     assert elsewhere.paths == []
+
+
+def test_a_certificate_nobody_vouches_for_is_refused(serve, connect, tmp_path) -> None:
+    pytest.importorskip("cryptography")
+    server = serve(tls=self_signed(tmp_path))
+    with pytest.raises(ModelError, match="CERTIFICATE_VERIFY_FAILED"):
+        connect(server, retries=0)
+    assert server.paths == []
+
+
+def self_signed(folder: Path) -> ssl.SSLContext:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = folder / "self-signed.pem"
+    path.write_bytes(key.private_bytes(pem, *form) + certificate.public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
 
 
 @pytest.mark.parametrize(

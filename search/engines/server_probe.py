@@ -118,11 +118,10 @@ class _Probe:
     def _check_tokenizer(self, received: Received, abilities: Abilities) -> None:
         """The same ids must read as the same text here and there; spaces and broken characters aside."""
         ids = token_ids(received, abilities) or []
-        here = self._tokenizer.decode(ids, skip_special_tokens=True)
-        ours, theirs = ("".join(text.replace("\ufffd", "").split()) for text in (here, received.text))
-        if ours != theirs:
+        here = [self._tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)]
+        if _bare(received.text) not in map(_bare, here):
             raise ConfigError(
-                f"the tokenizer is not the server's: its ids {ids} read {here!r} here and {received.text!r} there; "
+                f"the tokenizer is not the server's: ids {ids} read {here[0]!r} here and {received.text!r} there; "
                 "set engine.tokenizer to the folder or hub name of the model that is served"
             )
 
@@ -164,6 +163,10 @@ class _Probe:
         except Refused:
             return False
         return (first.text, first.ids) == (second.text, second.ids)
+
+
+def _bare(text: str) -> str:
+    return "".join(text.replace("\ufffd", "").split())
 
 
 def _piece(text: str) -> str:
