@@ -66,9 +66,9 @@ class StepEngine:
     def extend_one(self, request: Request) -> Continuation:
         if len(request.prefix) >= self.facts.max_length:
             return Continuation((), Finish.OVERFLOW)
-        boundary = request.prefix.index(SEPARATOR)
-        prompt = bytes(request.prefix[:boundary]).decode()
-        written = bytes(request.prefix[boundary + 1 :]).decode()
+        boundary = len(request.prefix) - 1 - request.prefix[::-1].index(SEPARATOR)
+        prompt = self.tokenizer.decode(request.prefix[:boundary])
+        written = self.tokenizer.decode(request.prefix[boundary + 1 :])
         room = min(request.max_new_tokens, self.facts.max_length - len(request.prefix))
         ids: list[int] = []
         finish = Finish.LENGTH
