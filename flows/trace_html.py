@@ -33,6 +33,7 @@ def render(solution: Solution) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=lambda value: harmless(value) if type(value) is str else value,  # not Markup: that was made here
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -45,13 +46,13 @@ def render(solution: Solution) -> str:
     page = environment.get_template("trace.html.j2").render(
         style=Markup(style),
         style_hash="sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        title=f"{solution.answer or 'No answer'} | {one_line(harmless(result.problem.question))[:80]}",
-        question=harmless(result.problem.question),
+        title=f"{solution.answer or 'No answer'} | {one_line(result.problem.question)[:80]}",
+        question=result.problem.question,
         strategy=result.strategy,
         answer=solution.answer,
         correct=solution.correct,
         verdict_text=solution.verdict(),
-        why_not=None if solution.answer is not None else harmless(solution.why_not()),
+        why_not=None if solution.answer is not None else solution.why_not(),
         facts=solution.facts(),
         votes=votes[:MOST_VOTES],
         given=solution.chosen.answer if solution.chosen else None,
@@ -82,7 +83,7 @@ def _way(solution: Solution, way: list[Step]) -> list[Step]:
     texts = steps_of(chosen, solution.delimiter)
     if len(texts) != len(chosen.step_scores):
         return way
-    return [replace(way[0], text=harmless(t), score=s) for t, s in zip(texts, chosen.step_scores, strict=True)]
+    return [replace(way[0], text=t, score=s) for t, s in zip(texts, chosen.step_scores, strict=True)]
 
 
 def _short(text: str) -> str:

@@ -15,7 +15,8 @@ from flows.trace_tree import MEANINGS, Branch, Section, Status, Step, all_steps,
 MARKS: dict[Status, str] = {"chosen": "★", "finished": "●", "kept": "•", "pruned": "○", "cut off": "✂", "failed": "!"}
 MOST_ROWS = 80
 LIMITS = ((1000, 1000), (16, 4), (8, 2), (4, 1), (3, 0), (2, 0), (1, 0))  # live and pruned branches of one place
-NARROWEST = 18  # columns kept for a step's text, however deep it lies
+NARROWEST = 6  # columns kept for a step's text
+SHALLOWEST = 36  # columns below which a tree goes on without indenting
 
 
 class _Slim(Tree):
@@ -47,9 +48,13 @@ def _legend(parts: Sequence[Section]) -> str:
 
 def _add(tree: Tree, branches: Sequence[Branch], limits: tuple[int, int], width: int, scored: bool) -> None:
     folded = fold(branches, *limits)
+    flat = width < SHALLOWEST
     for branch in folded.shown:
-        lines: list[RenderableType] = [_step(step, width, scored, then=i > 0) for i, step in enumerate(branch.steps)]
-        _add(tree.add(Group(*lines)), branch.children, limits, width - 2, scored)
+        lines: list[RenderableType] = [
+            _step(step, width, scored, then=flat or i > 0) for i, step in enumerate(branch.steps)
+        ]
+        inside = tree.add(Group(*lines))
+        _add(tree if flat else inside, branch.children, limits, width - 2 * (not flat), scored)
     if folded.num_more:
         best = "" if folded.best is None else f", best {folded.best:.2f}"
         tree.add(_line(Text(f"… {folded.num_more} more{best}", style="dim"), width))
@@ -95,7 +100,7 @@ def _fate(step: Step) -> Text:
     if step.status in ("pruned", "cut off", "failed"):
         words.append(step.status)
     if step.num_hidden:
-        words.append(f"{step.num_hidden} others beside it")
+        words.append(f"+{step.num_hidden} beside")
     return fate.append("  " + ", ".join(words), style="dim") if words else fate
 
 
