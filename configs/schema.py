@@ -172,8 +172,10 @@ class TransformersEngine(Section):
         default=65_536, description="most tokens (rows x length) held in one batch's cache"
     )
     max_batch_rows: PositiveInt = 1024
-    cache_tokens: int = Field(
-        default=0, ge=0, description="prefix tokens whose keys and values are kept between the steps of a search"
+    cache_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="prefix tokens whose keys and values are kept between the steps of a search; default: batch_tokens",
     )
     processes: int = Field(
         default=1, ge=0, description="on CPUs: processes that share a stage's shards, 0 for one a core; for tiny models"
@@ -291,9 +293,11 @@ class Sampling(Section):
 
 class Search(Section):
     problems: PositiveInt = Field(default=3000, description="training problems of one round")
-    strategy: Literal["best_of_n"] = "best_of_n"
+    strategy: str = Field(
+        default="best_of_n", description="what the budget is spent on: best_of_n, beam(width=2), step_rejection, ..."
+    )
     samples: PositiveInt = Field(
-        default=16, description="answers per problem, the first `probe_samples` plain ones included"
+        default=16, description="budget of a problem in answers, the first `probe_samples` plain ones included"
     )
     probe_samples: PositiveInt = Field(
         default=4, description="k0 plain samples a problem: they make the difficulty labels"

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,22 +290,29 @@ def select_control(
 
     `plain` holds independent samples of the same problems (first samples of a search, or a run of their own). Correct
     ones are drawn at random: no verifier, no quota, no removal of duplicates. As in `select`, `held_out` and
-    `solved_keys` say what must not be trained on. The replay rows are those of `like`.
-    Raises TrainingError where there are fewer correct samples than searched rows.
+    `solved_keys` say what must not be trained on. The replay rows are those of `like`. Where a search found more than
+    plain sampling did, its rows come several times, as `counts["repeated"]` tells, so that the training is as long.
+    Raises TrainingError where no sample is correct.
     """
     searched = [row for row in like.rows if row.source == "search"]
     draw = _draw(plain, config, len(searched), prompt_ids, solution_key, seed, held_out, solved_keys)
-    if len(draw.rows) < len(searched):
+    if searched and not draw.rows:
         raise TrainingError(
-            f"the control needs {len(searched)} correct plain samples and has {len(draw.rows)} "
-            f"({dict(draw.counts)}): draw more plain samples"
+            f"none of the plain samples can be a row ({dict(draw.counts)}): there is nothing to compare with"
         )
     wanted = sum(row.tokens for row in searched)
-    rows = match_tokens(draw.rows, draw.spare, wanted)
+    repeated = len(searched) - len(draw.rows)
+    rows = match_tokens(list(islice(cycle(draw.rows), len(searched))), draw.spare, wanted)
     distinct = {identity(row.key, row.solution) for row in rows}
     return Selection(
         rows=(*sorted(rows, key=lambda row: (row.key, row.solution)), *(r for r in like.rows if r.source == "replay")),
-        counts={**draw.counts, "kept": len(rows), "tokens": sum(row.tokens for row in rows), "tokens_wanted": wanted},
+        counts={
+            **draw.counts,
+            "kept": len(rows),
+            "repeated": repeated,
+            "tokens": sum(row.tokens for row in rows),
+            "tokens_wanted": wanted,
+        },
         distinct_solutions=len(distinct),
         problems_solved=len({row.key for row in rows}),
         new_rows=0,

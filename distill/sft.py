@@ -24,7 +24,7 @@ from transformers import set_seed
 from configs.schema import Distill, Model
 from distill import checkpoints, lora
 from distill.trainer import CurveLog, Examples, Trainer, trainer_settings, write_trl_yaml
-from search.errors import DataError, TrainingError
+from search.errors import ConfigError, DataError, TrainingError
 from search.randomness import key64
 
 Progress = Callable[..., None]
@@ -58,15 +58,19 @@ def train(
     seed: int,
     threads: int | None = None,
     progress: Progress | None = None,
+    device: str = "auto",
 ) -> TrainReport:
     """Train the model at `init_model` on the rows of a `rows.jsonl` and write it to `out/model`.
 
     `base_model` is the full model under an adapter. `progress(steps, all_steps, loss=...)` is called while it runs.
+    `device`: "auto", "cpu" or "cuda"; of several GPUs, the first one that this process sees, so who names another one
+    ("cuda:1") hides the rest in CUDA_VISIBLE_DEVICES.
     What an interrupted call left in `out/checkpoints` is used if it belongs to this training and is undamaged.
     Also writes report.json, metrics.jsonl, trl.yaml with trl-rows.jsonl, and timing.json.
-    Raises TrainingError (nothing to learn, not finite, no step done), DataError, ModelError, DiskError.
+    Raises TrainingError (nothing to learn, not finite, no step done), DataError, ModelError, DiskError, ConfigError.
     """
     started = time.monotonic()
+    kind = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     examples = read_examples(rows, config.max_length)
@@ -80,7 +84,7 @@ def train(
     micro_batch_size = config.micro_batch_size
     while True:
         resume = checkpoints.open_folder(out / "checkpoints", inputs)
-        run = _Run(examples, init_model, base_model, out, config, model, seed, micro_batch_size, progress)
+        run = _Run(examples, init_model, base_model, out, config, model, seed, micro_batch_size, progress, kind)
         report = run.finish(resume)
         if report is not None:
             break
@@ -119,6 +123,18 @@ def read_examples(rows: Path, max_length: int) -> Examples:
     return examples
 
 
+def find_device(wanted: str) -> str:
+    """ "cpu" or "cuda" of a device as the configuration names it. Raises ConfigError where there is no such GPU."""
+    kind = wanted.partition(":")[0]
+    if kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"engine.device = '{wanted}': training runs on auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device = '{wanted}', but no CUDA device answers here: use auto or cpu")
+    return kind
+
+
 class _Run:
     """One attempt at a training with one micro batch size."""
 
@@ -133,9 +149,9 @@ class _Run:
         seed: int,
         micro_batch_size: int,
         progress: Progress | None,
+        device: str,
     ) -> None:
-        self.examples, self.out, self.config = examples, out, config
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.examples, self.out, self.config, self.device = examples, out, config, device
         self.micro_batch_size = micro_batch_size
         trainer_seed = key64(seed, "sft") % 2**31
         set_seed(trainer_seed)  # a fresh adapter is drawn here

@@ -13,9 +13,12 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows.redact import Redactor
+
+if TYPE_CHECKING:
+    from configs.schema import Config
 
 NEEDED = ("torch", "transformers", "trl", "datasets", "mlflow", "prefect", "safetensors", "peft", "math-verify")
 BREAKS_TRANSFORMERS = ("torchvision", "torchaudio", "torchcodec")  # beside a CPU build of torch
@@ -158,11 +161,26 @@ def _loop(config: str | None, overrides: list[str], runs_dir: Path) -> Iterator[
         yield Finding("ok", "task", f"{parsed.task.type}: {found}")
     except RatchetError as error:
         yield Finding("error", "task", str(error), "correct the configuration or the file")
+    yield from _search(parsed)
     base = parsed.model.base
     if base not in ("bootstrap", "scripted") and not Path(base).is_dir():
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         advice = "HF_HUB_OFFLINE=1 is set: it must be in the local cache" if offline else ""
         yield Finding("warning" if offline else "ok", "model", f"{base} comes from the hub", advice)
+
+
+def _search(parsed: Config) -> Iterator[Finding]:
+    """A server is fine for eval and solve, so that rounds need another engine is no error."""
+    from flows import searching
+    from search.errors import RatchetError
+
+    try:
+        name = searching.round_plan(parsed).name
+        searching.check(parsed)
+        yield Finding("ok", "search", name)
+    except RatchetError as error:
+        level = "warning" if parsed.engine.type == "server" else "error"
+        yield Finding(level, "search", str(error), "correct the configuration" if level == "error" else "")
 
 
 def show(findings: list[Finding]) -> None:

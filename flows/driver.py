@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from configs import load
 from configs.schema import Config
 from flows.artefacts import Manifest, StageDir, StageKey, code_version, sha256_json
+from flows.searching import is_plain
 from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord, folder_name
 from search.errors import CorruptArtefact, TrainingError, UserError
 
@@ -258,10 +259,11 @@ def run_control(run: RoundRun) -> RoundRecord:
     base = run.of_round(0, "base")
     policy = Source(_model(base.path), base.id)
     if run.control == "random":
-        policy = run.part(_champion_before(run.loop, n).policy)
-        searched = run.stage("search", {"problems": problems, "policy": policy, "reference": run.of_round(n, "search")})
+        policy = _searched_with(run, n)
+        plain, others = _searches(run)
+        drawn = {"search": run.stage("search", others)} if others else {}
         rows = run.stage(
-            "select", {"problems": problems, "base": base, "reference": selected, "search": searched}, heavy=False
+            "select", {"problems": problems, "base": base, "reference": selected, **plain, **drawn}, heavy=False
         )
     else:
         promoted = {name: source for name, source in run.earlier("select").items() if _promoted(run.loop, name)}
@@ -345,12 +347,35 @@ def _fitted(run: RoundRun, difficulty: Source) -> Part | None:
     return run.loop.part(difficulty.path) if report["usable"] else None
 
 
-def _champion_before(loop: Loop, round_number: int) -> Bundle:
-    """The bundle that round `round_number` began with."""
-    moves = [move for move in loop.state.moves if move.bundle.round < round_number]
-    if not moves:
-        raise UserError(f"no champion before round {round_number} is recorded")
-    return moves[-1].bundle
+def _searches(run: RoundRun) -> tuple[dict[str, Source], dict[str, Source]]:
+    """The searches whose answers the round's rows were chosen from, for a control that may have plain samples alone.
+
+    First those that drew nothing else: their answers serve as they are, `search@001`, ... Then the others, each with
+    the problems and the policy it had, to draw plain samples in their place.
+    """
+    n = run.folder.round
+    searches = run.earlier("search") if run.config.select.rounds == "all" else {}
+    plain: dict[str, Source] = {}
+    others: dict[str, Source] = {}
+    for name, source in {**searches, f"search@{n:03d}": run.of_round(n, "search")}.items():
+        number = int(name.partition("@")[2])
+        config = json.loads((source.path.parent / "config.json").read_text(encoding="utf-8"))
+        if is_plain(config["search"]["strategy"], config.get("verifier", {}).get("type", "none")):
+            plain[name] = source
+        else:
+            others |= {name: source, f"problems@{number:03d}": run.of_round(number, "problems")}
+            others[f"policy@{number:03d}"] = _searched_with(run, number)
+    return plain, others
+
+
+def _searched_with(run: RoundRun, round_number: int) -> Source:
+    """The champion that a round began with, by the hash its search noted."""
+    manifest = StageDir(run.loop.path / folder_name(round_number), "search").read()
+    used = manifest.inputs["policy"] if manifest else None
+    for move in run.loop.state.moves:
+        if move.bundle.policy.sha256 == used:
+            return run.part(move.bundle.policy)
+    raise UserError(f"no champion before round {round_number} is recorded")
 
 
 def resume_or_begin(loop: Loop, config: Config, *, kind: str, round_number: int | None) -> RoundFolder:

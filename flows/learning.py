@@ -29,18 +29,18 @@ def select(context: Context, inputs: Inputs, out: Path) -> None:
         chosen = _more_bootstrap(context, inputs, task)
     elif context.control == "random":
         chosen = selection.select_control(
-            selection.read_results(_shards({context.round: inputs["search"]})),
+            selection.read_results(_plain_shards(inputs)),
             _selection_of(inputs["reference"]),
             config.select,
             prompt_ids=_no_prompt,
             solution_key=task.solution_key,
             seed=config.loop.seed,
             held_out=held_out,
+            solved_keys=getattr(task, "solved_keys", None),
         )
     else:
-        searched = {int(name.partition("@")[2]): path for name, path in inputs.items() if name.startswith("search@")}
         chosen = selection.select(
-            selection.read_results(_shards(searched)),
+            selection.read_results(_shards(_searched(inputs))),
             config.select,
             replay=_replay(inputs["base"]),
             prompt_ids=_no_prompt,
@@ -52,6 +52,17 @@ def select(context: Context, inputs: Inputs, out: Path) -> None:
             earlier=_rows_before(earlier(inputs, "select")),
         )
     selection.write_selection(chosen, out)
+
+
+def _searched(inputs: Inputs) -> dict[int, Path]:
+    """The inputs search@001, search@002, ... by their rounds."""
+    return {int(name.partition("@")[2]): path for name, path in inputs.items() if name.startswith("search@")}
+
+
+def _plain_shards(inputs: Inputs) -> Iterator[tuple[int, Path]]:
+    """Of a control: searches that were plain samples themselves, and those that it drew in the place of others."""
+    drawn = sorted(inputs["search"].glob("round-*")) if "search" in inputs else []
+    return _shards(_searched(inputs) | {int(folder.name.removeprefix("round-")): folder for folder in drawn})
 
 
 def _shards(searched: dict[int, Path]) -> Iterator[tuple[int, Path]]:
@@ -130,6 +141,7 @@ def distill(context: Context, inputs: Inputs, out: Path) -> None:
         seed=config.loop.seed,
         threads=config.stages.threads,
         progress=context.progress,
+        device=config.engine.device if config.engine.type == "transformers" else "auto",
     )
 
 

@@ -117,7 +117,9 @@ def _note(name: str, m: dict[str, float]) -> str:
                 sets = [(s, m.get(f"{p}/accuracy_greedy")) for s, p in (("gate", "gate_set"), ("test", "test"))]
                 return "greedy " + ", ".join(f"{100 * v:.1f} % on {s}" for s, v in sets if v is not None)
             case "search":
-                return f"{m['search/solved']:g} of {m['search/problems']:g} problems solved"
+                lost = [("failed", "failed"), ("left unfinished by search.max_tokens", "unfinished")]
+                found = [f"{m['search/solved']:g} of {m['search/problems']:g} problems solved"]
+                return "; ".join(found + [f"{n:g} {why}" for why, k in lost if (n := m.get(f"search/{k}"))])
             case "select":
                 return f"{m['data/rows']:g} rows, {m['data/distinct_solutions']:g} distinct solutions"
             case "distill":

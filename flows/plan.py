@@ -16,6 +16,7 @@ from typing import Any
 from configs.schema import Config
 from flows.driver import gate_set, read_metrics, wall_s
 from flows.folders import read_json
+from flows.searching import check, round_plan
 from flows.stages import overlapping
 from flows.state import Loop, LoopState
 from search.errors import DataError
@@ -28,7 +29,8 @@ ASSUMED_DISCORDANT = 0.2  # before any round was measured: share of gate problem
 
 
 def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
-    """Every figure of the plan, JSON-ready. Raises DataError."""
+    """Every figure of the plan, JSON-ready. Raises DataError, and ConfigError for a search that a round refuses."""
+    check(config)
     try:
         loop: Loop | None = Loop.open(runs_dir, config.loop.name)
         state = loop.state
@@ -53,6 +55,7 @@ def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
         "champion": state.champion.round if state.champion else None,
         "first_trains_base": state.champion is None,
         "problems": problems,
+        "search": round_plan(config).name,
         "samples": samples,
         "tokens": tokens,
         "mean_answer_tokens": round(length, 1),
@@ -160,6 +163,7 @@ def show(plan: dict[str, Any]) -> None:
     console.print(
         f"problems: {p['this_round']} this round ({left}; {p['searched']} searched so far, {p['unsolved']} unsolved)"
     )
+    console.print(f"search: {plan['search']}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     table.add_column("samples", justify="right")

@@ -30,7 +30,8 @@ def difficulty(context: Context, inputs: Inputs, out: Path) -> None:
     """
     config, seed = context.config.difficulty, context.config.loop.seed
     spend = _draw_labels(context, inputs, out)
-    engine: Any = load_engine(context.config, policy_path(inputs["policy"]), load_task(context.config))
+    policy, task = policy_path(inputs["policy"]), load_task(context.config)
+    engine: Any = load_engine(context.config, policy, task, hidden_states=True)
     searched = read_results(inputs["search"]) if "search" in inputs else ()
     num_plain = context.config.search.probe_samples
     plain = (result.with_candidates(result.candidates[:num_plain]) for result in searched)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Config
-from flows import driver
+from flows import driver, searching
 from flows.artefacts import StageDir, StageKey, code_version, sha256_json
 from flows.driver import Call, Execute, Observer, RoundRun, plain_call
 from flows.stage import Stages
@@ -54,6 +54,8 @@ def improve(
     if run is None:
         with Stages(config) as stages:
             return improve(config, options, observer, call=call, run=stages)
+    if not options.abandon:
+        searching.check(config)
     name = config.loop.name
     records: list[RoundRecord] = []
     with Loop.locked(options.runs_dir, name, "a round", task=config.task.type) as loop:

@@ -26,6 +26,7 @@ from flows.driver import Observer
 from flows.observers import Several, Silent, Terminal
 from flows.quiet import silence
 from flows.runner import Options, Outcome, improve
+from flows.searching import check
 from flows.server import PrefectServer, is_prefect_infrastructure_error
 from flows.stage import Stages
 from flows.state import Loop, RoundFolder, RoundRecord
@@ -77,6 +78,8 @@ class Session:
 
     def round(self, *, control: str | None = None, abandon: bool = False, verify: bool = False) -> RoundRecord | None:
         """One round, shown as it runs; its record, or None where there was nothing to do."""
+        if not abandon:
+            check(self.config)
         with self._around() as run:
             outcome = run(Options(self.runs_dir, control=control, abandon=abandon, verify=verify))
         self._close(outcome)
@@ -84,6 +87,7 @@ class Session:
 
     def loop(self, rounds: int | None, *, until_flat: bool) -> None:
         """Rounds until the loop has `rounds` of them (default: as configured), or until a gain is not significant."""
+        check(self.config)
         target = rounds or self.config.loop.rounds
         outcome = None
         with self._around() as run:

@@ -5,8 +5,8 @@ until a stage needs them; `flows.driver` decides what runs when, and commits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.parallel import Report, fork_map
 from search.policy import Sampler
-from search.results import merge_shards, read_results
+from search.results import merge_shards
 from search.run import Plan, Progress, run_shards
 from search.sets import draw_sets, read_outcomes, read_problems, write_problems, write_sets
 from search.strategies.best_of_n import best_of_n, greedy
 from search.tasks import load_problems, load_task
-from search.types import Budget, Engine, Grade, Problem, Spend, Task
+from search.types import Budget, Problem, Spend, Verifier
+from search.verifiers import load_verifier
 
 Inputs = Mapping[str, Path]
 SHARD_SAMPLES = 4000  # about as many samples of a pool are committed together
@@ -115,23 +116,6 @@ def evaluate(context: Context, inputs: Inputs, out: Path) -> None:
     _measure(context, inputs, out, ("gate", "test") if context.round else ("test",))
 
 
-def search(context: Context, inputs: Inputs, out: Path) -> None:
-    """Spend test-time compute on the round's training problems; the first samples of each are plain ones."""
-    settings = context.config.search
-    plan = Plan(f"best_of_n({settings.samples})", best_of_n, Budget("samples", settings.samples), answers.gold)
-    training = read_problems(inputs["problems"] / "search.jsonl")
-    job = Job("", plan, training, f"search/{context.round}", "train", settings.shard_problems)
-    spend = run_jobs(context, inputs, out, [job])
-    outcomes: dict[str, tuple[int, int]] = {}
-    for result in read_results(out):
-        correct = sum(c.grade is Grade.CORRECT for c in result.candidates)
-        outcomes[result.problem.key] = (correct, len(result.candidates))
-    write_json(out / "outcomes.json", outcomes)
-    write_json(out / "spend.json", spend.to_json())
-    solved = sum(correct > 0 for correct, _ in outcomes.values())
-    write_metrics(out, {"search/problems": float(len(outcomes)), "search/solved": float(solved)})
-
-
 # ---------------------------------------------------------------- shared
 
 
@@ -145,10 +129,18 @@ class Job:
     stage: str
     split: str
     shard_problems: int
+    verified: bool = False  # the plan is given the configured verifier
+    stepwise: bool = False  # its progress tells the size of the trees
+    max_tokens: int | None = None  # hard cap on what all its problems generate
+    expected_samples: int | None = None  # of a problem, for the progress; default: the plan's budget
+
+    @property
+    def samples_each(self) -> int:
+        return self.expected_samples or int(self.plan.budget.amount)
 
     @property
     def samples(self) -> int:
-        return len(self.problems) * int(self.plan.budget.amount)
+        return len(self.problems) * self.samples_each
 
 
 def greedy_job(name: str, problems: Sequence[Problem], stage: str) -> Job:
@@ -161,59 +153,81 @@ def pool_job(name: str, problems: Sequence[Problem], num: int, stage: str) -> Jo
     return Job(f"pool-{name}", plan, problems, stage, f"pool-{name}", max(1, SHARD_SAMPLES // num))
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """How far one process is, in all its jobs together."""
+
+    samples: float = 0
+    tokens: float = 0
+    steps: float = 0
+
+
 def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -> Spend:
     """Run every job with the policy, in as many processes as pay; their spend. Leaves folders of shards."""
     config = context.config
     num = num_processes(config)
     total = sum(job.samples for job in jobs)
-    done = [(0.0, 0.0)] * num  # (samples, tokens) of each process
+    done = [_Done()] * num
 
     def report(index: int, row: dict[str, Any]) -> None:
-        done[index] = (row["samples"], row["tokens"])
-        context.progress(sum(d[0] for d in done), total, tokens=sum(d[1] for d in done))
+        done[index] = _Done(**row)
+        info = {"tokens": sum(d.tokens for d in done)}
+        if any(job.stepwise for job in jobs):
+            info["steps"] = sum(d.steps for d in done)
+        context.progress(sum(d.samples for d in done), total, **info)
 
     def work(index: int, tell: Report) -> dict[str, float]:
         task = load_task(config)
-        engine = load_engine(config, policy_path(inputs["policy"]), task, share=num)
-        before = Spend()
+        engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
+        verifier = load_verifier(config, task) if any(job.verified for job in jobs) else None
+        spend, before = Spend(), _Done()
         for job in jobs:
-            before += _run_job(context, job, task, engine, out, (index, num), before, tell)
+            sampler = Sampler(
+                engine,
+                task,
+                config.sampling.temperature,
+                config.sampling.max_new_tokens,
+                (config.loop.seed, job.stage, job.split),
+            )
+            used, before = _run_job(
+                job, sampler, verifier if job.verified else None, out, (index, num), before, lambda d: tell(asdict(d))
+            )
+            spend += used
         engine.close()
-        return before.to_json()
+        return spend.to_json()
 
     return sum((Spend(**row) for row in fork_map(work, num, report)), Spend())
 
 
 def _run_job(
-    context: Context,
     job: Job,
-    task: Task,
-    engine: Engine,
+    sampler: Sampler,
+    verifier: Verifier | None,
     out: Path,
     part: tuple[int, int],
-    before: Spend,
-    tell: Report,
-) -> Spend:
-    """One process's part of a job; `before` is what it spent on earlier ones."""
-    config = context.config
-    each = int(job.plan.budget.amount)
-    limit = config.search.max_tokens if job.stage.startswith("search/") else None
+    before: _Done,
+    tell: Callable[[_Done], None],
+) -> tuple[Spend, _Done]:
+    """One process's part of a job: what it spent, and how far the process is now."""
+    now = before
 
-    def progress(num_problems: int, _: int, *, tokens: int, **_more: object) -> None:
-        tell({"samples": before.samples + num_problems * each, "tokens": before.generated_tokens + tokens})
+    def progress(num_problems: int, _: int, *, tokens: int, steps: int) -> None:
+        nonlocal now
+        now = _Done(before.samples + num_problems * job.samples_each, before.tokens + tokens, before.steps + steps)
+        tell(now)
 
-    sampling = config.sampling
-    seed = (config.loop.seed, job.stage, job.split)
-    return run_shards(
+    spend = run_shards(
         job.problems,
         job.plan,
-        Sampler(engine, task, sampling.temperature, sampling.max_new_tokens, seed),
+        sampler,
         out / job.folder,
         shard_problems=job.shard_problems,
+        verifier=verifier,
         progress=progress,
-        max_tokens=limit // part[1] if limit else None,
+        max_tokens=job.max_tokens // part[1] if job.max_tokens else None,
         part=part,
     )
+    return spend, now
 
 
 def _measure(context: Context, inputs: Inputs, out: Path, names: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -275,7 +276,10 @@ class Loop:
         """Make the folder of the next round (or control `round`) with its frozen configuration."""
         number = self.state.next_round if round is None else round
         folder = RoundFolder(self.path / folder_name(number, kind), number, kind)
-        if self.state.find(folder.path.name) is not None:
+        known = self.state.find(folder.path.name)
+        if known is not None and known.kind != "round" and known.verdict == "abandoned":
+            self._forget(known)
+        elif known is not None:
             raise DataError(f"{folder.path.name} of loop {self.path.name} is finished already")
         with disk_errors(folder.path):
             folder.path.mkdir(exist_ok=True)
@@ -287,6 +291,13 @@ class Loop:
             sync_folder(self.path)
         crash_point("round.begin.done")
         return folder
+
+    def _forget(self, record: RoundRecord) -> None:
+        """Make room for another attempt at a control that was given up: nothing was built on it."""
+        with disk_errors(self.path):
+            shutil.rmtree(self.path / record.folder, ignore_errors=True)
+        rounds = tuple(r for r in self.state.rounds if r is not record)
+        self._commit(dataclasses.replace(self.state, rounds=rounds))
 
     def finish(self, folder: RoundFolder, record: RoundRecord, bundle: Bundle | None = None) -> RoundRecord:
         """Record a round's verdict and, with it, the new champion. Checks the bundle's hashes in full first.

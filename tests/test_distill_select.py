@@ -258,8 +258,31 @@ def test_the_random_control_has_equal_rows_and_near_equal_tokens() -> None:
     assert selection.counts["wrong"] == 50
     assert selection.counts["held_out"] == 1
     assert control(plain, like).rows == selection.rows
-    with pytest.raises(TrainingError, match="needs 100 correct plain samples and has 8"):
-        control(plain[:1], like)
+    assert selection.counts["repeated"] == 0
+
+
+def test_where_plain_sampling_found_less_its_rows_come_several_times() -> None:
+    like = chosen(many(50, 2), Select(min_rows=1, max_per_problem=2))
+    plain = [(1, result("p0", answer("a"), answer("b"), answer("c", Grade.WRONG)))]
+    selection = control(plain, like)
+    assert len(selection.rows) == 100
+    assert {row.solution for row in selection.rows} == {"a", "b"}
+    assert selection.counts["repeated"] == 98
+    assert selection.distinct_solutions == 2
+    with pytest.raises(TrainingError, match="none of the plain samples can be a row"):
+        control([(1, result("p0", answer("c", Grade.WRONG)))], like)
+
+
+def test_a_revised_answer_is_learnt_from_the_plain_prompt() -> None:
+    shown = replace(answer("right after all"), prompt_ids=(7, 9, 9, 8), chain=0)
+    (row,) = chosen([(1, result("p0", shown))]).rows
+    assert row.prompt_ids == result("p0").prompt_ids == (7, 8)
+    assert row.completion_ids == shown.ids
+
+
+def test_what_a_failed_search_had_finished_can_be_a_row() -> None:
+    failed = replace(result("p0", answer("a"), answer("b", Grade.WRONG)), failed="the verifier returned NaN")
+    assert [row.solution for row in chosen([(1, failed)]).rows] == ["a"]
 
 
 def test_the_random_control_reaches_the_tokens_of_longer_rows() -> None:

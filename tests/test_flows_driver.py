@@ -11,7 +11,8 @@ from flows.driver import NothingToDo, read_metrics
 from flows.observers import Several, Silent
 from flows.runner import Options, improve
 from flows.state import Loop
-from search.errors import CorruptArtefact, LockedError, UserError
+from search.errors import ConfigError, CorruptArtefact, DataError, LockedError, UserError
+from search.results import read_results
 
 TINY = Path(__file__).with_name("tiny.txt").read_text().split()  # a smoke round in a second
 
@@ -255,13 +256,105 @@ def test_a_round_whose_start_is_damaged_can_still_be_given_up(tmp_path):
     assert a_round(tmp_path, abandon=True).records[-1].verdict == "abandoned"
 
 
-def test_a_control_can_be_given_up(tmp_path):
+def test_a_control_can_be_given_up_and_run_again(tmp_path):
     a_round(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        a_round(tmp_path, control="random", observer=Bomb("search"))
+        a_round(tmp_path, control="random", observer=Bomb("select"))
     record = a_round(tmp_path, control="random", abandon=True).records[-1]
     assert (record.kind, record.verdict) == ("control-random", "abandoned")
+    record = a_round(tmp_path, control="random").records[-1]
+    assert (record.folder, record.verdict) == ("round-001-control-random", "control")
+    rounds = Loop.open(tmp_path, "smoke").state.rounds
+    assert [(r.folder, r.verdict) for r in rounds[2:]] == [("round-001-control-random", "control")]
+    with pytest.raises(DataError, match="is finished already"):
+        a_round(tmp_path, control="random")
     assert a_round(tmp_path).records[-1].round == 2
+    (tmp_path / "smoke" / "loop.json").unlink()
+    (tmp_path / "smoke" / "loop.json.bak").unlink()
+    with Loop.locked(tmp_path, "smoke", "a test", task="countdown") as rebuilt:
+        assert rebuilt.state.find(record.folder).verdict == "control"
+
+
+def rows_of(round_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (round_folder / "select" / "rows.jsonl").open()]
+
+
+def test_the_random_control_draws_on_the_problems_of_all_rounds(tmp_path):
+    a_round(tmp_path)
+    a_round(tmp_path)
+    folder = tmp_path / "smoke" / a_round(tmp_path, control="random").records[-1].folder
+    original = rows_of(tmp_path / "smoke" / "round-002")
+    assert {row["round"] for row in rows_of(folder)} == {row["round"] for row in original} == {1, 2}
+    assert len(rows_of(folder)) == len(original)
+    assert not (folder / "search").exists(), "best-of-N drew plain samples: they serve as they are"
+
+
+def test_the_control_of_a_round_that_used_the_last_searches_alone_does_so_too(tmp_path):
+    a_round(tmp_path)
+    a_round(tmp_path, "select.rounds=last")
+    folder = tmp_path / "smoke" / a_round(tmp_path, "select.rounds=last", control="random").records[-1].folder
+    assert {row["round"] for row in rows_of(folder)} == {2}
+
+
+BEAM = ("search.strategy=beam(width=2)", "verifier.type=oracle", "verifier.parameters=1000")
+
+
+def test_the_control_of_a_tree_search_never_sees_its_answers(tmp_path):
+    a_round(tmp_path)  # best-of-N
+    a_round(tmp_path, *BEAM)
+    loop = tmp_path / "smoke"
+    record = a_round(tmp_path, *BEAM, control="random").records[-1]
+    control = loop / record.folder
+    assert [p.name for p in sorted((control / "search").glob("round-*"))] == ["round-002"]
+    manifest = json.loads((control / "search" / "manifest.json").read_text())
+    searched = json.loads((loop / "round-002" / "search" / "manifest.json").read_text())
+    assert manifest["inputs"]["policy@002"] == searched["inputs"]["policy"]
+    results = list(read_results(control / "search" / "round-002"))
+    assert len(results) == 20
+    assert all(not c.step_ends for r in results for c in r.candidates)
+    spent, arm = (
+        json.loads((f / "search" / "spend.json").read_text())["flops_ideal"] for f in (control, loop / "round-002")
+    )
+    assert spent == pytest.approx(arm, rel=0.03)
+    assert {row["round"] for row in rows_of(control)} == {1, 2}
+
+
+def test_the_control_of_an_earlier_tree_search_uses_the_policy_it_had(tmp_path):
+    a_round(tmp_path, *BEAM)
+    a_round(tmp_path, *BEAM)
+    loop = tmp_path / "smoke"
+    control = loop / a_round(tmp_path, *BEAM, control="random").records[-1].folder
+    for number in (1, 2):
+        (drawn,) = {r.model for r in read_results(control / "search" / f"round-00{number}")}
+        (searched,) = {r.model for r in read_results(loop / f"round-00{number}" / "search")}
+        assert drawn == searched
+    assert len({r.model for n in (1, 2) for r in read_results(control / "search" / f"round-00{n}")}) == 2
+
+
+def test_a_round_with_a_tree_search_makes_a_champion_and_resumes_byte_equal(tmp_path):
+    assert a_round(tmp_path / "whole", *BEAM).records[-1].verdict == "promoted"
+    with pytest.raises(KeyboardInterrupt):
+        a_round(tmp_path / "broken", *BEAM, observer=Bomb("search"))
+    a_round(tmp_path / "broken", *BEAM)
+    assert content(tmp_path / "broken" / "smoke") == content(tmp_path / "whole" / "smoke")
+
+
+def test_a_search_that_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean beam"):
+        a_round(tmp_path, "search.strategy=baem")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_problems_left_unfinished_by_the_cap_come_again(tmp_path):
+    a_round(tmp_path, "search.max_tokens=900", "select.min_rows=1")
+    loop = tmp_path / "smoke"
+    done = json.loads((loop / "round-001" / "search" / "outcomes.json").read_text())
+    assert 0 < len(done) < 20
+    assert read_metrics(loop / "round-001" / "search")["search/unfinished"] == 20 - len(done)
+    a_round(tmp_path, control="random")
+    a_round(tmp_path)
+    keys = {json.loads(line)["key"] for line in (loop / "round-002" / "problems" / "search.jsonl").open()}
+    assert not keys & done.keys()
 
 
 def test_a_report_that_fails_neither_undoes_the_round_nor_blocks_the_next(tmp_path, monkeypatch):

@@ -32,7 +32,9 @@ def call(function: str, out, *overrides: str, name: str = "countdown") -> StageC
         ("evaluate", "cuda:1", ["GPU-8a"]),
         ("evaluate", "cuda:2", []),
         ("difficulty", "cpu", []),
-        ("distill", "auto", ["0", "GPU-8a"]),
+        ("distill", "auto", ["0"]),
+        ("distill", "cuda:1", ["GPU-8a"]),
+        ("distill", "cpu", []),
     ],
 )
 def test_which_gpus_a_stage_uses(two_gpus, tmp_path, function, device, devices):
@@ -59,6 +61,24 @@ def test_a_stage_holds_its_gpu_and_no_other(two_gpus, tmp_path, monkeypatch):
     ((name, what),) = seen.items()
     assert name.endswith("gpu-GPU-8a.lock")
     assert what.startswith(f"stage {tmp_path.name} of {tmp_path.parent} is being done")
+
+
+def test_vllm_takes_every_gpu_and_the_training_between_one(two_gpus, tmp_path):
+    for function, devices in (("search", ["0", "GPU-8a"]), ("distill", ["0"])):
+        data = {"loop": {"name": "x"}, "task": {"type": "countdown"}, "engine": {"type": "vllm"}}
+        config = load.parse(data)
+        assert used_gpus(StageCall(function, 1, None, config, {}, tmp_path, heavy=True, look=1)) == devices
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cuda:1", "GPU-8a"), ("auto", "0"), ("cpu", None)])
+def test_a_training_sees_its_own_gpu_alone(two_gpus, tmp_path, monkeypatch, device, seen):
+    environments = []
+    monkeypatch.setattr(module, "run_child", lambda *_, env, **__: environments.append(env))
+    stages = Stages(load.load("smoke"))
+    stages(call("distill", tmp_path, f"engine.device={device}"), lambda *_: None)
+    stages(call("search", tmp_path, f"engine.device={device}"), lambda *_: None)
+    assert environments[0].get("CUDA_VISIBLE_DEVICES") == seen
+    assert "CUDA_VISIBLE_DEVICES" not in environments[1], "an engine picks by number"
 
 
 def test_a_stage_waits_for_its_gpu_and_says_so(two_gpus, tmp_path, monkeypatch, capsys):
