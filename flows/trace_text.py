@@ -49,15 +49,18 @@ def _legend(parts: Sequence[Section]) -> str:
 def _add(tree: Tree, branches: Sequence[Branch], limits: tuple[int, int], width: int, scored: bool) -> None:
     folded = fold(branches, *limits)
     flat = width < SHALLOWEST
-    for branch in folded.shown:
-        lines: list[RenderableType] = [
-            _step(step, width, scored, then=flat or i > 0) for i, step in enumerate(branch.steps)
-        ]
-        inside = tree.add(Group(*lines))
-        _add(tree if flat else inside, branch.children, limits, width - 2 * (not flat), scored)
+    rest: list[RenderableType] = []
     if folded.num_more:
         best = "" if folded.best is None else f", best {folded.best:.2f}"
-        tree.add(_line(Text(f"… {folded.num_more} more{best}", style="dim"), width))
+        rest.append(_line(Text(f"… {folded.num_more} more{best}", style="dim"), width))
+    for branch in folded.shown:
+        lines = [_step(step, width, scored, then=flat or i > 0) for i, step in enumerate(branch.steps)]
+        if flat and len(folded.shown) == 1:  # what lies beside a step comes before what follows it
+            lines, rest = [lines[0], *rest, *lines[1:]], []
+        inside = tree.add(Group(*lines))
+        _add(tree if flat else inside, branch.children, limits, width - 2 * (not flat), scored)
+    for line in rest:
+        tree.add(line)
 
 
 def _rows(branches: Sequence[Branch], limits: tuple[int, int]) -> int:
