@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -86,11 +89,16 @@ class VllmEngine(Streaming):
         self._flying: dict[int, _Flying] = {}
         self._finished: list[Answer] = []
         self._dead: EngineError | None = None
-        self._llm: Any
-        self._llm, self._counts_positions = _start(described, engine, model, self.facts.max_length, threads)
+        started = _start(described, engine, model, self.facts.max_length, threads)
+        self._llm: Any = started.llm
+        self._counts_positions = started.counts_positions
+        self._diary = started.diary
+        if started.diary is None:
+            _IN_THIS_PROCESS.add(self)
         self._lora: Any = None
         if described.parts.adapter is not None:
             self._lora = self._add_adapter(described)
+        self._prove(described)
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Take requests in; a ticket for each. Raises EngineError where vLLM has ended."""
@@ -130,8 +138,11 @@ class VllmEngine(Streaming):
             return
         llm, self._llm = self._llm, None
         self._flying.clear()
+        _IN_THIS_PROCESS.discard(self)
         llm.renderer.shutdown()
         llm.engine_core.shutdown()
+        if self._diary is not None:
+            self._diary.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ at work
 
@@ -141,8 +152,9 @@ class VllmEngine(Streaming):
             try:
                 outputs = self._llm.step()
             except Exception as error:  # noqa: BLE001 - whatever ends vLLM: it cannot be used any more
-                self._dead = EngineError(f"vLLM ended in the middle ({_cause(error)}); {WAY_OUT}")
-                self._dead.__cause__ = error
+                cause = _told(error, self._diary)
+                self._dead = EngineError(f"vLLM ended in the middle ({_sentence(cause)}); {WAY_OUT}")
+                self._dead.__cause__ = cause
                 break
             for output in outputs:
                 ticket = int(output.request_id)
@@ -192,6 +204,15 @@ class VllmEngine(Streaming):
         cached = output.num_cached_tokens or 0
         return Continuation(ids, finish, prefilled_tokens=len(request.prefix) - cached, cached_tokens=cached)
 
+    def _prove(self, described: Described) -> None:
+        """Answer once: some models that vLLM starts with end it at the first token. Raises ModelError, EngineError."""
+        try:
+            self.extend([Request((min(self._eos_ids, default=0),), 1, 1.0, 0)])
+        except EngineError as error:
+            self.close()
+            cause = error.__cause__
+            raise _explained(cause if isinstance(cause, Exception) else error, described) from error
+
     def _add_adapter(self, described: Described) -> Any:
         from vllm.lora.request import LoRARequest
 
@@ -200,14 +221,16 @@ class VllmEngine(Streaming):
         try:
             self._llm.add_lora(lora)
         except Exception as error:
+            why = _sentence(_told(error, self._diary))
             self.close()
             raise ModelError(
-                f"vLLM cannot load the adapter {described.parts.folder} ({_cause(error)}): use engine.type = "
+                f"vLLM cannot load the adapter {described.parts.folder} ({why}): use engine.type = "
                 "'transformers', which merges it into its base"
             ) from error
         return lora
 
 
+_IN_THIS_PROCESS = weakref.WeakSet[VllmEngine]()  # vLLM ends what all of them share when one of them is closed
 _FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.CANCELLED}
 
 
@@ -232,10 +255,18 @@ def _prepare(threads: int | None, devices: Sequence[str] | None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of vLLM's own process
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """vLLM's engine. `diary`: where a core in its own process writes why it ends; None: it runs in this one."""
+
+    llm: Any
+    counts_positions: bool  # its seeds do, so it needs no help to draw
+    diary: Path | None
+
+
 def _start(
     described: Described, engine: EngineSettings, model: Model, max_length: int, threads: int | None
-) -> tuple[Any, bool]:
-    """vLLM's engine, and whether its seeds count by position, so that it needs no help to draw."""
+) -> _Started:
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -244,11 +275,12 @@ def _start(
     from vllm.v1.executor import Executor
 
     on_cpu = current_platform.is_cpu()
-    own_process = not on_cpu if engine.own_process is None else engine.own_process
+    own_process = bool(_IN_THIS_PROCESS) or (not on_cpu if engine.own_process is None else engine.own_process)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cpu else "1"  # on CPUs, 1 means a third process
     if threads is not None and not own_process:
         torch.set_num_threads(threads)
     kept = (os.environ.get("LD_PRELOAD"), torch.set_num_threads)
+    diary = _new_diary() if own_process else None
     try:
         config = EngineArgs(**_arguments(described, engine, model, max_length, on_cpu)).create_engine_config(
             UsageContext.LLM_CLASS
@@ -260,25 +292,44 @@ def _start(
             config.model_config.logits_processors = [f"search.engines.vllm_worker:{name}"]
         llm = LLMEngine(
             vllm_config=config,
-            executor_class=_executor(config) if own_process else Executor.get_class(config),
+            executor_class=_executor(config, diary) if diary is not None else Executor.get_class(config),
             log_stats=False,
             usage_context=UsageContext.LLM_CLASS,
             multiprocess_mode=own_process,
         )
-    except Exception as error:
-        raise _explained(error, described) from error
+    except Exception as error:  # noqa: BLE001 - whatever vLLM raises, it is told in one line
+        cause = _told(error, diary)
+        if diary is not None:
+            diary.unlink(missing_ok=True)
+        raise _explained(cause, described) from cause
     finally:
         _restore(*kept)
     if own_process:
         _watch(llm.engine_core)
-    return llm, counts_positions
+    return _Started(llm, counts_positions, diary)
 
 
-def _executor(config: Any) -> Any:
-    """The executor for a core in its own process: one that does not outlive this one."""
-    from search.engines.vllm_worker import PARENT, OneWorker, Workers
+def _new_diary() -> Path:
+    descriptor, path = tempfile.mkstemp(prefix="ratchet-vllm-", suffix=".txt")
+    os.close(descriptor)
+    return Path(path)
 
-    config.additional_config[PARENT] = os.getpid()
+
+def _told(error: Exception, diary: Path | None) -> Exception:
+    """What ended vLLM: where its core has a process of its own, the error here says only that it ended."""
+    text = diary.read_text(encoding="utf-8") if diary is not None else ""
+    if not text:
+        return error
+    cause = RuntimeError(text)
+    cause.__cause__ = error
+    return cause
+
+
+def _executor(config: Any, diary: Path) -> Any:
+    """The executor for a core in its own process: one that does not outlive this one, and says why it ends."""
+    from search.engines.vllm_worker import DIARY, PARENT, OneWorker, Workers
+
+    config.additional_config |= {PARENT: os.getpid(), DIARY: str(diary)}
     return OneWorker if config.parallel_config.distributed_executor_backend == "uni" else Workers
 
 
@@ -353,24 +404,24 @@ def _explained(error: Exception, described: Described) -> RatchetError:
     text = str(error).lower()
     if any(sign in text for sign in TOO_LITTLE_MEMORY):
         return EngineError(
-            f"vLLM has too little memory for {described.parts.folder} ({_cause(error)}): lower engine.max_model_len, "
-            "or change engine.kv_cache_gib (0.5, 8, ...) or engine.gpu_memory_fraction"
+            f"vLLM has too little memory for {described.parts.folder} ({_sentence(error)}): lower "
+            "engine.max_model_len, or change engine.kv_cache_gib (0.5, 8, ...) or engine.gpu_memory_fraction"
         )
     if any(sign in text for sign in UNSUPPORTED):
         return ModelError(
-            f"vLLM cannot run {described.parts.folder} ({_cause(error)}): use engine.type = 'transformers'"
+            f"vLLM cannot run {described.parts.folder} ({_sentence(error)}): use engine.type = 'transformers'"
         )
     return EngineError(
-        f"vLLM did not start with {described.parts.folder} ({_cause(error)}); the lines above say more. "
+        f"vLLM did not start with {described.parts.folder} ({_sentence(error)}); the lines above say more. "
         "engine.type = 'transformers' works without it"
     )
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what vLLM said that means something; its validation errors begin with a count of themselves."""
+def _sentence(error: BaseException) -> str:
+    """The first sentence of what vLLM said that means something; validation errors begin with a count of themselves."""
     if type(error).__name__ == "EngineDeadError":  # it points to lines above, which a killed process has not written
         return "its process died"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 2 and "validation error" in lines[0]:
         lines = lines[1:]
-    return lines[0] if lines else type(error).__name__
+    return re.split(r"(?<=[a-z)])\.\s", lines[0])[0].rstrip(".") if lines else type(error).__name__

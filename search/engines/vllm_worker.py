@@ -11,10 +11,12 @@ runner V2) vLLM's own seeds count by position already; there `Mask` only keeps i
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from search.engines.drawing import draw, signed, uniform
 
-# In vLLM's additional_config: ids below it are tokens; the process that the core's own process serves.
-NUM_TOKENS, PARENT = "ratchet_num_tokens", "ratchet_parent"
+# In vLLM's additional_config: ids below the first are tokens; a core in its own process serves the process PARENT and
+# writes why it ends into the file DIARY.
+NUM_TOKENS, PARENT, DIARY = "ratchet_num_tokens", "ratchet_parent", "ratchet_diary"
 KEY, TEMPERATURE = "ratchet_key", "ratchet_temperature"  # in a request's extra_args
 
 
@@ -97,16 +100,34 @@ class Mask(LogitsProcessorV2):
 
 
 class _Mortal:
-    """An executor of a core that the kernel kills when its parent ends (Linux); vLLM's own would live on for ever."""
+    """An executor of a core that the kernel kills when its parent ends (Linux); vLLM's own would live on for ever.
+
+    And one that says why it ends: vLLM tells its parent to look into the log.
+    """
 
     vllm_config: Any
 
     def _init_executor(self) -> None:
+        told = self.vllm_config.additional_config
+        logging.getLogger("vllm").addHandler(_Diary(Path(told[DIARY])))
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
-            if os.getppid() != self.vllm_config.additional_config[PARENT]:
+            if os.getppid() != told[PARENT]:
                 os._exit(137)
         super()._init_executor()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Diary(logging.Handler):
+    """Keeps the first exception that is logged: the cause of the others."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.ERROR)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not self._path.stat().st_size:
+            self._path.write_text(str(error) or type(error).__name__, encoding="utf-8")
 
 
 class OneWorker(_Mortal, UniProcExecutor):
