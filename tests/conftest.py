@@ -21,26 +21,16 @@ os.environ.update(
 )
 
 
-def _beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+@pytest.fixture(scope="session")
+def fake_loop() -> ModuleType:
+    """tests/fake_loop.py: `fake_loop.write_loop(folder)` writes a whole plausible loop without a model."""
+    spec = importlib.util.spec_from_file_location("fake_loop", Path(__file__).with_name("fake_loop.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="session")
-def fake_loop() -> ModuleType:
-    """tests/fake_loop.py: `fake_loop.write_loop(folder)` writes a whole plausible loop without a model."""
-    return _beside("fake_loop")
-
-
-@pytest.fixture(scope="session")
-def fake_server() -> ModuleType:
-    """tests/fake_server.py: `fake_server.FakeServer(policy, tokenizer)` is an OpenAI-compatible server to try."""
-    return _beside("fake_server")
 
 
 CHAT_TEMPLATE = (
