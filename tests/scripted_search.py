@@ -249,6 +249,31 @@ def chain_engine(chance: float, **options: Any) -> StepEngine:
     return StepEngine(script, **options)
 
 
+# ---------------------------------------------------------------- any strategy on any tree
+
+PLAIN = ["greedy", "majority", "adaptive_majority", "revisions_majority(ratio=4)"]
+SCORED = ["best_of_n", "best_of_n_weighted", "adaptive_best_of_n", "revisions", "revisions(ratio=inf)"]
+STEPWISE = ["beam(width=2)", "beam(width=4)", "beam(width=2, distinct=true)", "lookahead(width=2)", "dvts(width=2)"]
+STEPWISE += ["lookahead(width=1, steps=3)", "rebase", "step_rejection", "step_rejection(draws=8, max_rounds=2)"]
+STEPWISE += ["beam_revisions(width=2)", "searched_revisions(width=2)", "beam(width=2, max_rounds=1)"]
+ALL = [*PLAIN, *SCORED, *STEPWISE]
+
+
+def babbling(seed: int, **options: Any) -> StepEngine:
+    """Steps, ends, empty ends and endless steps, as the draw falls; the longer the answer the likelier its end."""
+    pieces = ["a\n", "bb\n", "\n", "cc\n", "A", "BB", "", "x" * 99]
+
+    def script(prompt: str, written: str, temperature: float, key: int) -> str:
+        drawn = key64(seed, key if temperature else written)
+        return pieces[drawn % (4 if len(written) < 6 else 8)]
+
+    return StepEngine(script, **options)
+
+
+def judging(seed: int, **options: Any) -> TextVerifier:
+    return TextVerifier(lambda text: key64(seed, text) / 2**64, **options)
+
+
 # ---------------------------------------------------------------- runs
 
 

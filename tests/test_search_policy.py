@@ -10,45 +10,26 @@ from hypothesis import strategies as st
 from search.engines.scripted import EOS
 from search.errors import BudgetError, BudgetExceeded, VerifierError
 from search.policy import AGGREGATE, Policy, Scorer, extended, steps_of
-from search.randomness import key64
 from search.scheduler import run_together
 from search.types import Budget, Candidate, Continuation, Finish, Grade, Problem, Scored, VerifierFacts
 from tests.scripted_search import (
+    ALL,
+    PLAIN,
     QUESTION,
     LineTask,
     StepEngine,
     TextVerifier,
+    babbling,
     by_score,
     by_table,
     count,
+    judging,
     run_all,
     run_one,
     sampler_of,
     texts,
 )
 from tests.scripted_search import given as answer_given
-
-PLAIN = ["greedy", "majority", "adaptive_majority", "revisions_majority(ratio=4)"]
-SCORED = ["best_of_n", "best_of_n_weighted", "adaptive_best_of_n", "revisions", "revisions(ratio=inf)"]
-STEPWISE = ["beam(width=2)", "beam(width=4)", "beam(width=2, distinct=true)", "lookahead(width=2)", "dvts(width=2)"]
-STEPWISE += ["lookahead(width=1, steps=3)", "rebase", "step_rejection", "step_rejection(draws=8, max_rounds=2)"]
-STEPWISE += ["beam_revisions(width=2)", "searched_revisions(width=2)", "beam(width=2, max_rounds=1)"]
-ALL = [*PLAIN, *SCORED, *STEPWISE]
-
-
-def babbling(seed, **options):
-    """Steps, ends, empty ends and endless steps, as the draw falls; the longer the answer the likelier its end."""
-    pieces = ["a\n", "bb\n", "\n", "cc\n", "A", "BB", "", "x" * 99]
-
-    def script(prompt, written, temperature, key):
-        drawn = key64(seed, key if temperature else written)
-        return pieces[drawn % (4 if len(written) < 6 else 8)]
-
-    return StepEngine(script, **options)
-
-
-def judging(seed, **options):
-    return TextVerifier(lambda text: key64(seed, text) / 2**64, **options)
 
 
 def policy_for(engine, budget=None, **more):

@@ -172,14 +172,13 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _value(name: str, option: str, text: str, default: Any) -> Any:
-    if isinstance(default, bool):
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-    elif isinstance(default, int | float):
+    value = {"true": True, "false": False}.get(text.lower()) if isinstance(default, bool) else None
+    if not isinstance(default, bool):
         with contextlib.suppress(ValueError):  # said below, with what is expected
             value = type(default)(text)
-            if value > 0 or (value == 0 and option in MAY_BE_ZERO):
-                return value
-            least = "0 or more" if option in MAY_BE_ZERO else "more than 0"
-            raise ConfigError(f"{name}: {option}={text} means nothing; give {least}")
-    raise ConfigError(f"{name}: {option}={text} is none; write it like the default, {option}={default}")
+    if value is None:
+        raise ConfigError(f"{name}: {option}={text} is none; write it like the default, {option}={default}")
+    if not (isinstance(default, bool) or value > 0 or (value == 0 and option in MAY_BE_ZERO)):
+        least = "0 or more" if option in MAY_BE_ZERO else "more than 0"
+        raise ConfigError(f"{name}: {option}={text} means nothing; give {least}")
+    return value
