@@ -19,6 +19,7 @@ from search.scheduler import Tick, run_together
 from search.trace import Trace
 from search.types import (
     Budget,
+    CachingEngine,
     Candidate,
     Engine,
     Grade,
@@ -64,6 +65,8 @@ def search(
     that were finished; one that failed carries its reason and selects nothing. `on_result` gets each result as soon as
     its problem is done. Raises EngineError.
     """
+    if isinstance(sampler.engine, CachingEngine):  # a shard follows from its problems alone
+        sampler.engine.reset()
     recorders: Sequence[Trace | None] = traces or [None] * len(problems)
     policies = [Policy(p, sampler, plan.budget, t) for p, t in zip(problems, recorders, strict=True)]
     results: dict[int, SearchResult] = {}

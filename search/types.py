@@ -277,6 +277,15 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class CachingEngine(Engine, Protocol):
+    """An engine that remembers earlier calls, so that its answers depend on them (in rounding)."""
+
+    def reset(self) -> None:
+        """Forget them: what follows depends on nothing before. Called at the start of every shard."""
+        ...
+
+
+@runtime_checkable
 class StreamingEngine(Engine, Protocol):
     """An engine that works on while more requests arrive: vLLM in this process, a server. Fed continuously."""
 

@@ -25,7 +25,7 @@ from search.engines.scripted import ScriptedEngine
 from search.engines.streaming import Answer, Streaming
 from search.errors import EngineError
 from search.randomness import key64, rng
-from search.types import Continuation, Engine, Finish, Graded, Request
+from search.types import CachingEngine, Continuation, Engine, Finish, Graded, Request
 
 MAX_LENGTH = 256
 CHARACTERS = "0123456789abcdef+=. \n"
@@ -282,6 +282,10 @@ class Dying:
             raise EngineError("the engine died")
         self.num_answered += len(requests)
         return self.engine.extend(requests)
+
+    def reset(self) -> None:
+        if isinstance(self.engine, CachingEngine):
+            self.engine.reset()
 
     def close(self) -> None:
         """The engine inside is not ours."""

@@ -44,6 +44,7 @@ ENGINES = [
     "scripted",
     "trickle",
     "transformers",
+    "transformers-cache",
     "server",
     "server-approximate",
 ]
@@ -62,8 +63,9 @@ def opened(name: str, fixture: Callable[[str], Any]) -> Iterator[Exhibit]:
         with zoo.served(fixture("model_folder"), **switches) as shown:
             yield shown
         return
-    if name == "transformers":  # its calls take several batches
-        shown = zoo.transformers(fixture("model_folder"), fixture("reference"), max_batch_rows=100, batch_tokens=5000)
+    if name.startswith("transformers"):  # its calls take several batches; its cache holds not all of a search
+        room = {"max_batch_rows": 100, "batch_tokens": 5000, "cache_tokens": 700 if name.endswith("cache") else 0}
+        shown = zoo.transformers(fixture("model_folder"), fixture("reference"), **room)
     else:
         shown = {"scripted": zoo.scripted, "trickle": zoo.trickle}[name]()
     yield shown

@@ -224,6 +224,7 @@ def test_a_stop_text_that_spans_tokens_is_found() -> None:
 
 
 def test_a_shared_prefix_is_prefilled_once(engine: TransformersEngine, folder) -> None:
+    engine.reset()
     found = engine.extend(requests(engine, samples=4))
     for prompt, group in zip(PROMPTS, (found[i : i + 4] for i in range(0, len(found), 4)), strict=True):
         length = len(ids_of(engine, prompt))
@@ -232,6 +233,86 @@ def test_a_shared_prefix_is_prefilled_once(engine: TransformersEngine, folder) -
         assert all(c.prefilled_tokens + c.cached_tokens == length for c in group)
     split = load(folder, max_batch_rows=2).extend(requests(engine, samples=4))
     assert sum(c.prefilled_tokens for c in split) == 2 * sum(len(ids_of(engine, p)) for p in PROMPTS)
+
+
+# ---------------------------------------------------------------- the prefix cache
+
+
+def tree(engine: TransformersEngine, forks: int = 2) -> tuple[list[list[Continuation]], list[int]]:
+    """Three steps of every prompt, each forked; the answers of each call, and the tokens it prefilled."""
+    asked = requests(engine, samples=4, stop="1", max_new_tokens=12, temperature=2.0)
+    calls: list[list[Continuation]] = []
+    for _ in range(3):
+        found = engine.extend(asked)
+        assert all(c.prefilled_tokens + c.cached_tokens == len(r.prefix) for r, c in zip(asked, found, strict=True))
+        calls.append(found)
+        asked = [
+            replace(r, prefix=r.prefix + c.ids, key=key64(r.key, n))
+            for r, c in zip(asked, found, strict=True)
+            for n in range(forks)
+            if c.finish is Finish.STOP
+        ]
+        assert asked
+    return calls, [sum(c.prefilled_tokens for c in found) for found in calls]
+
+
+def spoken(calls: list[list[Continuation]]) -> list[list[tuple]]:
+    return [[(c.ids, c.finish) for c in found] for found in calls]
+
+
+def test_a_step_costs_one_token_of_its_prefix(folder) -> None:
+    caching, plain = load(folder), load(folder, cache_tokens=0)
+    found, prefilled = tree(caching)
+    expected, recomputed = tree(plain)
+    assert spoken(found) == spoken(expected)
+    assert prefilled[0] == recomputed[0]
+    for step in (1, 2):
+        assert prefilled[step] <= sum(c.finish is Finish.STOP for c in found[step - 1])
+        assert prefilled[step] * 8 < recomputed[step]
+    logprobs = [[c.logprob for c in calls] for calls in expected]
+    assert [[c.logprob for c in calls] for calls in found] == [pytest.approx(row, abs=1e-3) for row in logprobs]
+
+
+def test_more_samples_of_a_prompt_cost_its_last_token(folder) -> None:
+    engine = load(folder)
+    first, second = requests(engine, samples=2), requests(engine, samples=2, key=5)
+    engine.extend(first)
+    assert sum(c.prefilled_tokens for c in engine.extend(second)) == len(PROMPTS)
+    assert [c.ids for c in engine.extend(second)] == [c.ids for c in load(folder, cache_tokens=0).extend(second)]
+
+
+@pytest.mark.parametrize("cache_tokens", [1, 7, 30, 60, 150])
+def test_a_cache_too_small_changes_nothing(folder, cache_tokens: int) -> None:
+    small = load(folder, cache_tokens=cache_tokens, max_batch_rows=6)
+    for _ in range(3):
+        assert spoken(tree(small)[0]) == spoken(tree(load(folder, cache_tokens=0))[0])
+
+
+def test_a_reset_engine_is_like_a_new_one(folder) -> None:
+    engine = load(folder)
+    first = tree(engine)
+    assert tree(engine)[1] != first[1]
+    engine.reset()
+    assert tree(engine) == first
+
+
+def test_a_full_gpu_does_without_the_cache(folder, monkeypatch) -> None:
+    engine = load(folder)
+    expected = tree(load(folder, cache_tokens=0))[0]
+    first = engine.extend(requests(engine, samples=4, stop="1", max_new_tokens=12, temperature=2.0))
+    assert spoken([first]) == spoken(expected[:1])
+    model, left = engine.model, [3]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.cuda.OutOfMemoryError("full")
+        return model(*args, **kwargs)
+
+    full.config = model.config
+    monkeypatch.setattr(engine, "_model", full)
+    assert spoken(tree(engine)[0]) == spoken(expected)
+    assert left[0] < 0
 
 
 def test_flops_parameters_leave_the_embedding_out_and_the_head_in(tmp_path) -> None:

@@ -3,14 +3,15 @@
 Requests are sorted by prefix length and batched; requests with the same prefix share its prefill; rows that finished
 leave the batch. Token t of a request is drawn by inverting the cumulative distribution at uniform(key, position), so
 it depends on the request alone, never on its neighbours (up to rounding: batches of another shape may round
-differently). Left out: a prefix cache that outlives a call, refilling a running batch, top-p.
+differently). The keys and values of steps that a search may go on from are kept for its next call. Left out: refilling
+a running batch, top-p.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from configs.schema import Model
 from configs.schema import TransformersEngine as EngineSettings
 from search.engines.drawing import draw, signed, uniform
 from search.engines.loading import Loaded, load_model
+from search.engines.prefix_cache import NONE, PrefixCache
 from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
 from search.types import Capabilities, Continuation, Finish, Request
 
@@ -31,10 +33,15 @@ CUT_AT = 0.25  # a batch this full ends where the prefix length changes: equal l
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Requests that share a prefix; `rows` index the call's requests."""
+    """Requests that share a prefix; `rows` index the call's requests, `known` the cache: its tokens come first."""
 
     prefix: tuple[int, ...]
     rows: tuple[int, ...]
+    known: np.ndarray
+
+    @property
+    def num_new(self) -> int:
+        return len(self.prefix) - len(self.known)
 
 
 class TransformersEngine:
@@ -57,6 +64,8 @@ class TransformersEngine:
         self._device = loaded.device
         self._vocab_size = loaded.vocab_size
         self._stops = StopTable(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids, loaded.device)
+        room = engine.batch_tokens if engine.cache_tokens is None else engine.cache_tokens
+        self._cache = PrefixCache(room if _all_grow(loaded.model.config) else 0)
 
     def close(self) -> None:
         self._model = None
@@ -75,11 +84,19 @@ class TransformersEngine:
                 results[row] = Continuation((), refused)
             else:
                 by_prefix.setdefault(request.prefix, []).append(row)
-        groups = [_Group(prefix, tuple(rows)) for prefix, rows in by_prefix.items()]
-        groups.sort(key=lambda group: len(group.prefix))
-        for batch in self._batches(groups, requests):
-            self._run(batch, requests, results)
+        self._cache.begin()
+        try:
+            groups = [_Group(prefix, tuple(rows), self._cache.find(prefix)) for prefix, rows in by_prefix.items()]
+            groups.sort(key=lambda group: (group.num_new, len(group.prefix)))
+            for batch in self._batches(groups, requests):
+                self._run(batch, requests, results)
+        finally:
+            self._cache.end()
         return [results[row] for row in range(len(requests))]
+
+    def reset(self) -> None:
+        """Forget what earlier calls computed, so that the next ones do not depend on them, not even in rounding."""
+        self._cache.clear()
 
     def _refuse(self, request: Request) -> Finish | None:
         if len(request.prefix) >= self.facts.max_length:
@@ -97,7 +114,8 @@ class TransformersEngine:
             needed = min(len(group.prefix) + room, self.facts.max_length)
             most = max(1, min(self._engine.max_batch_rows, self._engine.batch_tokens // max(longest, needed)))
             changed = bool(batch) and len(batch[-1].prefix) != len(group.prefix)
-            if batch and (num_rows + len(group.rows) > most or (changed and num_rows >= CUT_AT * most)):
+            uneven = bool(batch) and batch[-1].num_new * 2 < group.num_new
+            if batch and (num_rows + len(group.rows) > most or uneven or (changed and num_rows >= CUT_AT * most)):
                 yield batch
                 batch, num_rows, longest = [], 0, 0
                 most = max(1, min(self._engine.max_batch_rows, self._engine.batch_tokens // needed))
@@ -106,13 +124,15 @@ class TransformersEngine:
                     yield batch
                     batch, num_rows, longest = [], 0, 0
                 rows = group.rows[start : start + most]
-                batch.append(_Group(group.prefix, rows))
+                batch.append(_Group(group.prefix, rows, group.known))
                 num_rows, longest = num_rows + len(rows), max(longest, needed)
         if batch:
             yield batch
 
     def _run(self, batch: list[_Group], requests: Sequence[Request], results: dict[int, Continuation]) -> None:
         """Run a batch; where a GPU has too little memory for it, its halves."""
+        if not self._cache.capacity:
+            batch = [replace(group, known=NONE) for group in batch]
         num_rows = sum(len(group.rows) for group in batch)
         try:
             results |= _Decoding(self, batch, requests).run()
@@ -121,8 +141,9 @@ class TransformersEngine:
             if num_rows == 1:
                 results[batch[0].rows[0]] = Continuation((), Finish.ERROR)
                 return
+        self._cache = PrefixCache(0)  # a full GPU needs the room for what runs
         torch.cuda.empty_cache()
-        single = [_Group(group.prefix, (row,)) for group in batch for row in group.rows]
+        single = [_Group(group.prefix, (row,), group.known) for group in batch for row in group.rows]
         for half in (single[: num_rows // 2], single[num_rows // 2 :]):
             self._run(half, requests, results)
 
@@ -168,6 +189,10 @@ class TransformersEngine:
     def stops(self) -> StopTable:
         return self._stops
 
+    @property
+    def cache(self) -> PrefixCache:
+        return self._cache
+
 
 class _Decoding:
     """One batch from prefill to its last token. Tensors indexed by `rows` cover the rows still in the batch."""
@@ -189,6 +214,10 @@ class _Decoding:
         self.lengths = torch.zeros(len(self.order), dtype=torch.long, device=device)
         self.logprobs = torch.zeros(len(self.order), dtype=torch.float64, device=device)
         self.ended = torch.zeros(len(self.order), dtype=torch.long, device=device)  # index into _FINISHES
+        self.group_of = [number for number, group in enumerate(batch) for _ in group.rows]
+        self.num_known = max(len(group.known) for group in batch)
+        self.num_columns = self.num_known + max(group.num_new for group in batch)  # of the batch's cache: its prefixes
+        self.slots: dict[int, np.ndarray] = {}  # of a group's prefix, where the engine's cache holds all of it
 
     def run(self) -> dict[int, Continuation]:
         logits, cache, mask = self._prefill()
@@ -198,8 +227,10 @@ class _Decoding:
             running = self.ended[rows] == 0
             num_running = int(running.sum())
             if num_running == 0:
+                self._keep_steps(rows.tolist(), range(len(rows)), cache)
                 break
             if num_running <= SHRINK_BELOW * len(rows):
+                self._keep_steps(rows.tolist(), (~running).nonzero().squeeze(1).tolist(), cache)
                 keep = running.nonzero().squeeze(1)
                 rows, tokens = rows[keep], tokens[keep]
                 cache.batch_select_indices(keep)
@@ -213,21 +244,64 @@ class _Decoding:
         return self._collect()
 
     def _prefill(self) -> tuple[torch.Tensor, DynamicCache, torch.Tensor | None]:
-        """Each distinct prefix once, then its keys and values repeated for every row that shares it."""
-        model, prefixes = self.engine.model, [group.prefix for group in self.batch]
-        ids, mask = self.engine.pad(prefixes)
-        padded = len({len(prefix) for prefix in prefixes}) > 1
+        """Each distinct prefix once, but for what is known of it; then repeated for every row that shares it."""
+        model, batch = self.engine.model, self.batch
+        ids, mask = self.engine.pad([group.prefix[len(group.known) :] for group in batch])
+        lengths = torch.tensor([len(group.known) for group in batch], device=ids.device)
+        padded = len({(len(group.known), group.num_new) for group in batch}) > 1
         extra: dict[str, Any] = {"logits_to_keep": 1}
+        cache = _growing_cache(model.config, room=ids.shape[1] + self.ids.shape[1])
+        if self.num_known:
+            for layer, (keys, values) in enumerate(self.engine.cache.read([group.known for group in batch])):
+                cache.update(keys, values, layer)
         if padded:
-            extra |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        cache = _growing_cache(model.config, room=self.ids.shape[1])
+            known = torch.arange(self.num_known, device=ids.device)[None] >= self.num_known - lengths[:, None]
+            extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + lengths[:, None]
+            mask = extra["attention_mask"] = torch.cat([known.long(), mask], 1)
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra).logits
-        if len(self.order) == len(self.batch):
+        self._keep_prefixes(cache)
+        if len(self.order) == len(batch):
             return logits, cache, mask if padded else None
-        counts = torch.tensor([len(group.rows) for group in self.batch], device=ids.device)
-        source = torch.arange(len(self.batch), device=ids.device).repeat_interleave(counts)
+        counts = torch.tensor([len(group.rows) for group in batch], device=ids.device)
+        source = torch.arange(len(batch), device=ids.device).repeat_interleave(counts)
         cache.batch_select_indices(source)
         return logits[source], cache, mask[source] if padded else None
+
+    # ------------------------------------------------------------ what the next call may go on from
+
+    def _keep_prefixes(self, cache: DynamicCache) -> None:
+        """Prefixes that were computed: others may begin with them."""
+        store = self.engine.cache
+        writing = _Writing(store, cache)
+        for number, group in enumerate(self.batch):
+            if group.num_new > 1 and group.prefix in store:  # kept by another part of the group
+                self.slots[number] = store.slots(group.prefix)
+            elif group.num_new > 1 and (fresh := store.allocate(group.num_new)) is not None:
+                self.slots[number] = np.concatenate([group.known, fresh])
+                writing.add(number, self.num_columns - group.num_new, fresh, group.prefix, self.slots[number])
+        writing.finish()
+
+    def _keep_steps(self, rows: Sequence[int], places: Iterable[int], cache: DynamicCache) -> None:
+        """Those of `rows` at the given places of the batch that ended with a step. The last token was not yet run."""
+        store = self.engine.cache
+        if not store.capacity:
+            return
+        writing, ended, lengths = _Writing(store, cache), self.ended.tolist(), self.lengths.tolist()
+        for place in places:
+            row, number = rows[place], self.group_of[rows[place]]
+            group, num_new = self.batch[number], lengths[row] - 1
+            prefix = group.prefix + tuple(self.ids[row, :num_new].tolist())
+            if ended[row] != _STOP or prefix in writing or prefix in store:
+                continue
+            num_rest = 0 if number in self.slots else group.num_new
+            fresh = store.allocate(num_rest + num_new)
+            if fresh is None:
+                break
+            if num_rest:
+                self.slots[number] = np.concatenate([group.known, fresh[:num_rest]])
+            slots = np.concatenate([self.slots[number], fresh[num_rest:]])
+            writing.add(place, self.num_columns - num_rest, fresh, prefix, slots)
+        writing.finish()
 
     def _draw(self, rows: torch.Tensor, logits: torch.Tensor, step: int) -> torch.Tensor:
         """Draw the next token of every row, record it where the row still runs, and note which rows end."""
@@ -258,20 +332,48 @@ class _Decoding:
     def _collect(self) -> dict[int, Continuation]:
         ids, lengths, ended = self.ids.tolist(), self.lengths.tolist(), self.ended.tolist()
         logprobs = self.logprobs.tolist()
-        firsts, position = set[int](), 0
-        for group in self.batch:
-            firsts.add(position)
-            position += len(group.rows)
-        return {
-            row: Continuation(
+        found: dict[int, Continuation] = {}
+        computed = set[int]()  # the groups whose prefix is charged to an earlier row
+        for i, row in enumerate(self.order):
+            group = self.batch[self.group_of[i]]
+            prefilled = 0 if self.group_of[i] in computed else group.num_new
+            computed.add(self.group_of[i])
+            found[row] = Continuation(
                 ids=tuple(ids[i][: lengths[i]]),
                 finish=_FINISHES[ended[i]],
-                prefilled_tokens=len(self.requests[i].prefix) if i in firsts else 0,
-                cached_tokens=0 if i in firsts else len(self.requests[i].prefix),
+                prefilled_tokens=prefilled,
+                cached_tokens=len(group.prefix) - prefilled,
                 logprob=logprobs[i],
             )
-            for i, row in enumerate(self.order)
-        }
+        return found
+
+
+class _Writing:
+    """Prefixes on their way from a batch into the engine's cache, written together."""
+
+    def __init__(self, store: PrefixCache, cache: DynamicCache) -> None:
+        self._store = store
+        self._cache = cache
+        self._tokens: tuple[list[int], list[int], list[int]] = ([], [], [])  # rows, columns, slots
+        self._prefixes: dict[tuple[int, ...], np.ndarray] = {}
+
+    def __contains__(self, prefix: tuple[int, ...]) -> bool:
+        return prefix in self._prefixes
+
+    def add(self, row: int, first_column: int, fresh: np.ndarray, prefix: tuple[int, ...], slots: np.ndarray) -> None:
+        """The tokens of a row from a column on go into `fresh` slots; the prefix lies in `slots`."""
+        rows, columns, written = self._tokens
+        rows += [row] * len(fresh)
+        columns += range(first_column, first_column + len(fresh))
+        written += fresh.tolist()
+        self._prefixes[prefix] = slots
+
+    def finish(self) -> None:
+        layers: Any = self._cache.layers
+        if self._tokens[0]:
+            self._store.write([(layer.keys, layer.values) for layer in layers], *self._tokens)
+        for prefix, slots in self._prefixes.items():
+            self._store.keep(prefix, slots)
 
 
 _FINISHES = (Finish.LENGTH, Finish.STOP, Finish.EOS, Finish.LENGTH)
@@ -319,6 +421,10 @@ class _GrowingLayer(DynamicLayer):
             fresh.append(chosen)
         self.buffers = (fresh[0], fresh[1])
         self.keys, self.values = (buffer[..., :held, :] for buffer in self.buffers)
+
+
+def _all_grow(config: Any) -> bool:
+    return all(type(layer) is _GrowingLayer for layer in _growing_cache(config, 0).layers)
 
 
 def _growing_cache(config: Any, room: int) -> DynamicCache:
