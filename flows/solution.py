@@ -110,7 +110,7 @@ class Solution:
         if spend.verifier_tokens:
             tokens += f"; {spend.verifier_tokens:,} read by the verifier"
         flops = f"{count(spend.flops_ideal)}, {count(spend.flops_actual)} with what was computed twice"
-        approximate = [("approximate", "the server returned text, not token ids")] if result.approximate else []
+        note = [("note", "approximate: the server returned text, not token ids")] if result.approximate else []
         return [
             ("strategy", result.strategy),
             ("samples", f"{spend.samples:,}, and {len(result.candidates):,} candidates at the end"),
@@ -118,7 +118,7 @@ class Solution:
             ("FLOPs", flops),
             ("time", f"{seconds(self.search_s)}, and {seconds(self.load_s)} to load"),
             ("model", f"{self.model} ({result.model})"),
-            *approximate,
+            *note,
         ]
 
     def verdict(self) -> str | None:
