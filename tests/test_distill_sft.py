@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from configs.schema import Distill, Lora, Model
 from distill import checkpoints, lora
 from distill import trainer as trainer_module
-from distill.sft import TrainReport, read_examples, train
+from distill.sft import TrainReport, find_device, read_examples, train
 from distill.trainer import BatchOrder, CurveLog, Examples, Trainer, trainer_settings
-from search.errors import DataError, DiskError, ModelError, TrainingError
+from search.errors import ConfigError, DataError, DiskError, ModelError, TrainingError
 from search.tasks.tokenizer import build_tokenizer
 
 EOS, NUM_ROWS = 1, 40
@@ -306,6 +306,47 @@ def test_gradient_checkpointing_gives_the_same_model(rows: Path, base: Path, tmp
     plain = load_file(tmp_path / "plain" / "model" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "saving" / "model" / "model.safetensors").items():
         torch.testing.assert_close(tensor, plain[name])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "found"),
+    [
+        ("auto", False, "cpu"),
+        ("auto", True, "cuda"),
+        ("cpu", True, "cpu"),
+        ("cuda", True, "cuda"),
+        ("cuda:1", True, "cuda"),
+    ],
+)
+def test_training_runs_on_the_device_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, there: bool, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert find_device(wanted) == found
+
+
+@pytest.mark.parametrize("wanted", ["cuda:0", "tpu"])
+def test_a_device_that_is_not_there_is_a_user_error(
+    rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"engine.device = '{wanted}'.*"):
+        train(rows, base, base, tmp_path, CONFIG, Model(), seed=5, device=wanted)
+
+
+def test_training_told_to_stay_on_the_cpu_stays_there(
+    rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+    step = Trainer.training_step
+
+    def watched(self: Trainer, model: Any, inputs: Any, *rest: Any) -> torch.Tensor:
+        seen.update(str(tensor.device) for tensor in (*inputs.values(), *model.parameters()))
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    train(rows, base, base, tmp_path, CONFIG, Model(), seed=5, threads=1, device="cpu")
+    assert seen == {"cpu"}
 
 
 def test_a_missing_model_is_a_user_error(rows: Path, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ def test_grade_writes_the_rows_back(tmp_path):
         (["round", "nowhere"], 2, ["nowhere", "countdown"]),
         (["round", "smoke", "--set", "search.sample=3"], 2, ["search.sample", "samples"]),
         (["round", "smoke", "--set", "search.samples=many"], 2, ["search.samples", "many"]),
+        (["round", "smoke", "--set", "search.strategy=baem"], 2, ["'baem'", "did you mean beam?"]),
+        (["loop", "smoke", "--set", "search.strategy=beam"], 2, ["beam needs a verifier", "verifier.type"]),
         (["round", "smoke", "--control", "none"], 2, ["--control none", "random or bootstrap"]),
         (["round", "smoke", "--nonsense"], 2, ["--nonsense"]),
         (["round", "smoke", "--prefect", "perhaps"], 2, ["--prefect perhaps", "auto, on or off"]),

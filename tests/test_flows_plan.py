@@ -10,6 +10,7 @@ from flows.plan import make_plan
 from flows.runner import Options, improve
 from flows.stages import overlapping
 from flows.state import Loop, RoundRecord
+from search.errors import ConfigError
 from search.sets import draw_sets, read_outcomes, write_sets
 from search.tasks import load_task
 
@@ -66,12 +67,19 @@ def test_rows_that_were_appended_are_training_problems(rows, tmp_path):
     assert len(read_outcomes([search / "outcomes.json"])) == 40
 
 
-def test_the_plan_is_what_the_round_then_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("search", [[], ["search.strategy=beam(width=2)", "verifier.type=oracle"]])
+def test_the_plan_is_what_the_round_then_does(tmp_path, monkeypatch, search):
     monkeypatch.setattr("flows.runner.report", lambda loop, record: None)
-    config = load.load("smoke", ["search.problems=30", "gate.problems=250"])
+    config = load.load("smoke", ["search.problems=30", "gate.problems=250", *search])
     plan = make_plan(config, tmp_path)
+    assert plan["search"] == ("plain(4) + beam(width=2) @ 4" if search else "best_of_n(8)")
     improve(config, Options(tmp_path), Silent())
     for stage in ("baseline", "search", "evaluate", "difficulty"):
         spend = json.loads((tmp_path / "smoke" / "round-001" / stage / "spend.json").read_text())
         assert plan["samples"][stage] == spend["samples"], stage
     assert plan["gate"]["problems"] == 250
+
+
+def test_what_a_round_refuses_has_no_plan(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean step_rejection"):
+        make_plan(load.load("smoke", ["search.strategy=step_rejektion"]), tmp_path)

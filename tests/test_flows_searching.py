@@ -12,6 +12,7 @@ from difficulty.labels import count_samples
 from flows import stages
 from flows.searching import check, equal_flops, is_plain, round_plan, search
 from flows.stages import Context, base
+from search.engines.scripted import ScriptedEngine
 from search.errors import BudgetError, ConfigError
 from search.results import read_results
 from search.sets import write_problems
@@ -164,6 +165,22 @@ def test_the_cap_leaves_problems_unfinished_and_says_so(run):
     assert told["search/failed"] == 0
     everything = json.loads((whole / "outcomes.json").read_text())
     assert outcomes == {key: everything[key] for key in outcomes}
+
+
+@pytest.mark.parametrize("cap", [300, 500, 700, 1000])
+def test_the_cap_holds_for_what_was_thrown_away_too(run, monkeypatch, cap):
+    generated = []
+    extend = ScriptedEngine.extend
+
+    def counting(self, requests):
+        found = extend(self, requests)
+        generated.extend(len(c.ids) for c in found)
+        return found
+
+    monkeypatch.setattr(ScriptedEngine, "extend", counting)
+    out = run(*BEAM, f"search.max_tokens={cap}", "search.shard_problems=1")
+    assert 0 < sum(generated) <= cap
+    assert figures(out)["search/unfinished"] > 0
 
 
 def test_a_problem_that_failed_counts_as_not_solved_and_is_told(run, monkeypatch):
