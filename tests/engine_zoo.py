@@ -117,7 +117,8 @@ class Exhibit:
     engine: Engine
     eos_ids: tuple[int, ...]
     reference: Reference | HashModel | None = None  # None: no model runs
-    positional: bool = True  # a sample cut into steps is the sample drawn whole, and drawn where the reference draws
+    positional: bool = True  # a sample cut into steps is the sample drawn whole
+    drawn_here: bool = True  # and every token is drawn where the reference draws it
     long_tokens: bool = True  # it has tokens of several characters, which may hold a delimiter in their middle
 
     @cached_property
@@ -201,6 +202,14 @@ def transformers(folder: Path, reference: Reference, **settings: Any) -> Exhibit
     return Exhibit(engine, (1, 2), reference)
 
 
+def vllm(folder: Path, reference: Reference) -> Exhibit:
+    from configs.schema import VllmEngine as VllmSettings
+    from search.engines.vllm import VllmEngine
+
+    engine = VllmEngine(folder, VllmSettings(type="vllm", kv_cache_gib=0.25), Model(), threads=1)
+    return Exhibit(engine, (1, 2), reference, drawn_here=not engine._counts_positions)
+
+
 # ---------------------------------------------------------------- servers
 
 
@@ -261,7 +270,7 @@ def served(folder: Path, **switches: Any) -> Iterator[Exhibit]:
         )
         engine = ServerEngine(settings)
         try:
-            yield Exhibit(engine, (1, 2), model, positional=False)
+            yield Exhibit(engine, (1, 2), model, positional=False, drawn_here=False)
         finally:
             engine.close()
 
