@@ -74,6 +74,7 @@ STRATEGIES: dict[str, Entry] = {
     "searched_revisions": Entry(searched_revisions, answers.hierarchical, "process", check=_beams),
 }
 
+FIT = "fit"  # instead of a threshold: step_rejection(threshold=fit), see search.thresholds
 SCORED_VOTES = ("highest", "weighted", "sharpened", "hierarchical")
 MAY_BE_ZERO = ("samples", "steps", "ratio", "threshold", "certainty", "max_rounds")
 _SPEC = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -115,6 +116,8 @@ class Spec:
             )
         if needs == "process" and verifier is not None and not verifier.process:
             raise ConfigError(f"{self.name} needs a verifier that scores steps; this one scores finished answers only")
+        if self.options.get("threshold") == FIT:
+            raise ConfigError(f"{self.text}: the threshold has to be fitted first; give a number, as in threshold=0.5")
         self.entry.check(budget, defaults(self.entry.function) | dict(self.options))
         strategy = functools.partial(self.entry.function, **self.options)
         if not needs:
@@ -172,6 +175,8 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _value(name: str, option: str, text: str, default: Any) -> Any:
+    if option == "threshold" and text == FIT:
+        return FIT
     value = {"true": True, "false": False}.get(text.lower()) if isinstance(default, bool) else None
     if not isinstance(default, bool):
         with contextlib.suppress(ValueError):  # said below, with what is expected
