@@ -16,7 +16,7 @@ from typing import Any
 from configs.schema import Config
 from flows.driver import gate_set, read_metrics, wall_s
 from flows.folders import read_json
-from flows.searching import check, round_plan
+from flows.searching import asks_verifier, check, round_plan
 from flows.stages import overlapping
 from flows.state import Loop, LoopState
 from search.errors import DataError
@@ -59,7 +59,7 @@ def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
         "samples": samples,
         "tokens": tokens,
         "mean_answer_tokens": round(length, 1),
-        "flops": _flops(last, tokens),
+        "flops": _flops(last, tokens, samples["search"] if asks_verifier(config) else 0),
         "wall_s": sum(wall_s(stage) for stage in last.iterdir() if stage.is_dir()) if last else None,
         "gate": {
             "problems": num_gate,
@@ -89,13 +89,15 @@ def _mean_length(last: Path | None, config: Config) -> float:
     return float(config.sampling.max_new_tokens)
 
 
-def _flops(last: Path | None, tokens: dict[str, int]) -> float | None:
-    """2 x parameters x generated tokens, with the parameters that the last search counted with."""
+def _flops(last: Path | None, tokens: dict[str, int], num_verified: int) -> float | None:
+    """2 x parameters x generated tokens, with the parameters that the last search counted with, and for each of
+    `num_verified` samples what its verifier took of one."""
     spend = read_json(last / "search" / "spend.json") if last else {}
     if not spend.get("generated_tokens"):
         return None
-    per_token = spend["flops_actual"] / (spend["generated_tokens"] + spend["prefilled_tokens"])
-    return per_token * sum(tokens.values())
+    verifier = spend.get("verifier_flops_actual", 0.0)
+    per_token = (spend["flops_actual"] - verifier) / (spend["generated_tokens"] + spend["prefilled_tokens"])
+    return per_token * sum(tokens.values()) + verifier / spend["samples"] * num_verified
 
 
 def _discordant(last: Path | None) -> float:

@@ -1,6 +1,7 @@
 """`ratchet plan` tells what the next round would really see."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from flows.state import Loop, RoundRecord
 from search.errors import ConfigError
 from search.sets import draw_sets, read_outcomes, write_sets
 from search.tasks import load_task
+
+TINY = Path(__file__).with_name("tiny.txt").read_text().split()  # a smoke round in a second
 
 
 @pytest.fixture
@@ -83,3 +86,16 @@ def test_the_plan_is_what_the_round_then_does(tmp_path, monkeypatch, search):
 def test_what_a_round_refuses_has_no_plan(tmp_path):
     with pytest.raises(ConfigError, match="did you mean step_rejection"):
         make_plan(load.load("smoke", ["search.strategy=step_rejektion"]), tmp_path)
+
+
+def test_what_the_verifier_computes_is_planned_for_the_search_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.runner.report", lambda loop, record: None)
+    beam = [*TINY, "search.strategy=beam(width=2)", "verifier.type=oracle"]
+    flops: dict[int, float] = {}
+    for parameters in (0, 10**6):
+        config = load.load("smoke", [*beam, f"verifier.parameters={parameters}"])
+        improve(config, Options(tmp_path / str(parameters)), Silent())
+        flops[parameters] = make_plan(config, tmp_path / str(parameters))["flops"]
+    spend = json.loads((tmp_path / str(10**6) / "smoke" / "round-001" / "search" / "spend.json").read_text())
+    assert flops[10**6] - flops[0] == pytest.approx(spend["verifier_flops_actual"])
+    assert make_plan(load.load("smoke", TINY), tmp_path / str(10**6))["flops"] == pytest.approx(flops[0], rel=0.05)
