@@ -73,7 +73,8 @@ def _rows(branches: Sequence[Branch], limits: tuple[int, int]) -> int:
 def _step(step: Step, width: int, scored: bool, *, then: bool) -> Text:
     """One line: mark, score, text, then what became of it, which is never cut off."""
     style = {"chosen": "bold", "pruned": "dim", "cut off": "dim", "failed": "dim"}.get(step.status, "")
-    head = Text("↳" * then + f"{MARKS[step.status]} ", style="bold green" if step.status == "chosen" else "dim")
+    mark = "bold green" if step.status == "chosen" else "dim"
+    head = Text("↳" * then).append(f"{MARKS[step.status]} ", style=mark)
     if step.score is not None:
         head.append(f"{step.score:.2f} ", style="dim" if step.status == "pruned" else _colour(step.score))
     elif scored:
@@ -82,7 +83,7 @@ def _step(step: Step, width: int, scored: bool, *, then: bool) -> Text:
         head.append(f"{step.label}: ", style="dim")
     tail = _fate(step)
     room = max(NARROWEST, width - head.cell_len - tail.cell_len)
-    body = Text(_cut(one_line(step.text) or "(nothing)", room), style=style)
+    body = Text().append(_cut(one_line(step.text) or "(nothing)", room), style=style)
     if step.rollout and (left := room - body.cell_len - 4) > 4:
         body.append(f"  ↝ {_cut(one_line(step.rollout), left)}", style="dim italic")
     return _line(head + body + tail, max(width, 1))
