@@ -1,61 +1,89 @@
-"""`ratchet eval`: accuracy against budget of a model, or of samples made elsewhere.
+"""`ratchet eval`: accuracy against budget of search strategies on one model, or of samples made elsewhere.
 
-JSON: {"task", "n", "ungraded", "results": [{"strategy", "budget", "accuracy", "se", "spend"}]}.
-Strategies that sample independently share one pool: every budget is computed from its subsets, without bias. Samples
-are drawn as a round's are, by a stage of its own (`sample`): in a child process, on all cores, holding the GPU's lock.
+JSON: {"task", "n", "ungraded", "results": [{"strategy", "budget", "accuracy", "se", "spend", ...}]}; `search.standings`
+says what else a row holds. Strategies that sample independently share one pool: every budget is computed from its
+subsets, without bias; every other strategy is searched for each budget. Searches run as a round's do, in a stage of
+their own (`sample`): in a child process, on all cores, holding the GPU's lock. What they find is kept and reused
+(`flows.eval_store`).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import Config
+from flows import eval_store
 from flows.child import signals_end_children
 from flows.driver import StageCall
+from flows.eval_store import Cell, Store
+from flows.locks import lock
 from flows.stage import Stages
-from flows.stages import Context, Inputs, greedy_job, pool_job, run_jobs, write_json
+from flows.stages import Context, Inputs, write_json
 from flows.state import Loop
-from search import evaluate
+from search.engines import num_processes
 from search.engines.reference import policy_path
-from search.errors import ConfigError, DataError, StageFailed
+from search.errors import BudgetError, ConfigError, DataError, StageFailed
+from search.evaluate import SCORED_RULES
 from search.run import Progress
 from search.sets import read_problems, write_problems
+from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
+from search.strategies import SCORED_VOTES, Spec, parse, parse_list
 from search.tasks import load_task
-from search.types import Problem, Task
+from search.types import Budget, Problem, Spend, Task, VerifierFacts
+from search.verifiers import load_verifier
 
-RULES = {"pass": "pass", "majority": "majority"}
+ALWAYS = ("greedy", "pass", "majority")
+WITH_VERIFIER = ("best_of_n", "best_of_n_weighted")
+WITH_STEP_SCORES = ("beam", "dvts", "rebase", "step_rejection")
+RULE_OF_VOTE = {
+    "majority": "majority",
+    "highest": "best_of_n",
+    "weighted": "best_of_n_weighted",
+    "sharpened": "sharpened",
+    "hierarchical": "best_of_n_weighted",  # independent samples are one chain
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to report. Budgets are samples per problem."""
+    """What to report: strategies (None: all that fit) at budgets per problem, in `unit` (samples, tokens, flops)."""
 
-    budgets: tuple[int, ...]
-    strategies: tuple[str, ...]
+    budgets: tuple[float, ...] | None
+    strategies: str | None = None
+    unit: str = "samples"
+    max_tokens: int | None = None  # hard cap on what is generated, all searches together
+    fresh: bool = False  # do again what is stored
 
-    def rules(self) -> list[str]:
-        unknown = [s for s in self.strategies if s not in RULES and s != "greedy"]
-        if unknown:
-            raise ConfigError(f"--strategies {unknown[0]}: this version has greedy, {', '.join(RULES)}")
-        return [RULES[s] for s in self.strategies if s in RULES]
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One strategy at one budget. `rule`: how it is computed from the pool; None: it is searched for real."""
+
+    spec: Spec
+    budget: Budget
+    rule: str | None
+
+    @property
+    def scored(self) -> bool:
+        return bool(self.spec.entry.needs) or self.spec.vote in SCORED_VOTES
 
 
 def evaluate_model(
     config: Config, runs_dir: Path, model: str, split: str, num_problems: int, request: Request, *, report: bool
 ) -> dict[str, Any]:
-    """Sample a model on held-out problems and report. Raises ConfigError, DataError, ModelError."""
-    rules = request.rules()
-    task = load_task(config)
+    """Search held-out problems with a model and report. Raises ConfigError, BudgetError, DataError, ModelError."""
     if split not in ("validation", "test"):
         raise ConfigError(f"--split {split}: expected validation or test")
+    task = load_task(config)
+    verifier = load_verifier(config, task)
+    items = plan(request, verifier.facts if verifier else None)
     policy = find_model(config, runs_dir, model)
     problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
     if not problems:
@@ -63,25 +91,203 @@ def evaluate_model(
     if split == "test" and model in ("champion", "base"):
         with Loop.locked(runs_dir, config.loop.name, "an evaluation on the test set") as loop:
             loop.count_test_look()
-    rows: list[evaluate.Row] = []
-    ungraded = 0
-    with work_folder() as folder:
-        wanted = {"split": split, "greedy": "greedy" in request.strategies}
-        write_json(folder / "request.json", wanted | {"samples": max(request.budgets) if rules else 0})
-        write_problems(problems, folder / "problems.jsonl")
-        _sample_there(config, policy, folder, len(problems))
-        if "greedy" in request.strategies:
-            outcomes = evaluate.read_outcomes(sorted(folder.glob("eval/greedy-*/*.jsonl")))
-            rows.append(evaluate.outcome_row("greedy", 1, outcomes))
-            ungraded += outcomes.num_ungraded
-        if rules:
-            figures = evaluate.read_pool(sorted(folder.glob("eval/pool-*/*.jsonl")), request.budgets, rules)
-            rows += evaluate.table(figures)
-            ungraded += figures.num_ungraded
-    found = evaluate.to_json(task.name, len(problems), ungraded, rows)
+    root = runs_dir / config.loop.name / "eval"
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
+        store = Store(root, config, policy, split, problems, num_processes(config))
+        searches = _Searches(store, items, verifier.facts.fingerprint if verifier else None)
+        _search(config, policy, split, problems, searches.cells, request)
+        rows, curves, num_ungraded = searches.rows({p.key: i for i, p in enumerate(problems)})
+    _tell_unfinished(rows, len(problems), request.max_tokens)
+    found = to_json(task.name, len(problems), num_ungraded, rows, curves)
+    found |= {"unit": request.unit, "model": model, "split": split}
     if report:
         _draw(found, runs_dir / config.loop.name / f"eval-{model.replace('/', '_')}-{split}.png")
     return found
+
+
+# ---------------------------------------------------------------- what is run
+
+
+def plan(request: Request, facts: VerifierFacts | None) -> list[Item]:
+    """Every strategy at every budget that can buy it; what one cannot buy is left out with a line on stderr.
+
+    Raises ConfigError, and BudgetError where nothing is left.
+    """
+    if request.unit not in ("samples", "tokens", "flops"):
+        raise ConfigError(f"--unit {request.unit}: expected samples, tokens or flops")
+    specs = parse_list(request.strategies) if request.strategies else [parse(name) for name in _default(facts)]
+    items: list[Item] = []
+    refused: BudgetError | None = None
+    for spec in dict.fromkeys(spec.text for spec in specs):
+        chosen = parse(spec)
+        for amount in (1.0,) if chosen.name == "greedy" else request.budgets or (1.0, 4.0, 16.0, 64.0):
+            unit = "samples" if chosen.name == "greedy" else request.unit
+            budget = Budget(unit, amount)  # pyright: ignore[reportArgumentType]
+            try:
+                chosen.plan(budget, facts)
+            except BudgetError as error:
+                refused = error
+                print(f"left out: {chosen.text} at {amount:g}: {error}", file=sys.stderr)
+            else:
+                items.append(Item(chosen, budget, _rule(chosen, budget)))
+    if not items:
+        raise refused or BudgetError("no budget given")
+    return items
+
+
+def _default(facts: VerifierFacts | None) -> tuple[str, ...]:
+    if facts is None:
+        return ALWAYS
+    return (*ALWAYS, *WITH_VERIFIER, *(WITH_STEP_SCORES if facts.process else ()))
+
+
+def _rule(spec: Spec, budget: Budget) -> str | None:
+    """How the strategy is computed from a pool of independent samples; None: it cannot be."""
+    if not spec.entry.pool or spec.options or budget.unit != "samples" or budget.amount != int(budget.amount):
+        return None
+    return RULE_OF_VOTE[spec.vote] if spec.vote else spec.entry.pool
+
+
+class _Searches:
+    """The searches behind the items, and what they found."""
+
+    def __init__(self, store: Store, items: Sequence[Item], verifier: str | None):
+        self._items = items
+        self._cells = {
+            (item.spec.text, item.budget.amount): store.search(
+                item.spec, item.budget, verifier if item.scored else None
+            )
+            for item in items
+            if item.rule is None
+        }
+        sizes = [int(item.budget.amount) for item in items if item.rule]
+        self._num = max(sizes, default=0)
+        self._blocks = store.pool(self._num)
+        scored = verifier is not None and any(item.rule in SCORED_RULES for item in items)
+        self._scores = [store.scores(block, verifier) for block in self._blocks] if scored and verifier else []
+
+    @property
+    def cells(self) -> list[Cell]:
+        """In the order in which they are done: a block of samples before its scores."""
+        return [*dict.fromkeys(self._cells.values()), *self._blocks, *self._scores]
+
+    def rows(self, order: Mapping[str, int]) -> tuple[list[Row], list[Row], int]:
+        """A row for each item; more points of the baselines' curves; ungraded answers."""
+        pooled, num_ungraded = self._pool_rows(order)
+        rows: list[Row] = []
+        for item in self._items:
+            name, amount = item.spec.text, item.budget.amount
+            if item.rule:
+                rows.append(pooled.pop((name, amount), Row(name, amount, {}, Spend(), verified=item.scored)))
+                continue
+            cell = self._cells[name, amount]
+            found = eval_store.outcomes(cell, item.spec, order)
+            num_ungraded += found.num_ungraded
+            solved = {key: float(value) for key, value in found.solved.items()}
+            spent = (found.spend, found.num_ungraded, found.failures, cell.wall_s())
+            rows.append(Row(name, amount, solved, *spent, verified=item.scored))
+        curves = [row for (name, _), row in pooled.items() if name in (*PLAIN, WEIGHTED) and row.values]
+        return rows, curves, num_ungraded
+
+    def _pool_rows(self, order: Mapping[str, int]) -> tuple[dict[tuple[str, float], Row], int]:
+        names = {item.spec.text: item.rule for item in self._items if item.rule}
+        if not names:
+            return {}, 0
+        ks = {int(item.budget.amount) for item in self._items if item.rule}
+        ks |= {2**i for i in range(self._num.bit_length()) if 2**i <= self._num}
+        figures = eval_store.figures(
+            self._scores or self._blocks, sorted(ks), list(dict.fromkeys(names.values())), order
+        )
+        if figures is None:
+            return {}, 0
+        part = self._num / sum(block.amount for block in self._blocks)
+        drawn = part * sum(block.wall_s() for block in self._blocks)
+        scoring = part * sum(cell.wall_s() for cell in self._scores)
+        rows = pool_rows(figures, names, {False: drawn, True: drawn + scoring})
+        return {(row.strategy, row.budget): row for row in rows}, figures.num_ungraded
+
+
+def _search(
+    config: Config,
+    policy: Path,
+    split: str,
+    problems: Sequence[Problem],
+    cells: Sequence[Cell],
+    request: Request,
+) -> None:
+    """Do what the cells lack; their folders hold it then."""
+    if request.fresh:
+        eval_store.forget(cells)
+    lacking = [cell for cell in cells if cell.num_stored() < len(problems)]
+    if len(lacking) < len(cells):
+        there = f"{len(cells) - len(lacking)} of {len(cells)} searches are there already"
+        print(f"{there} ({cells[0].folder.parent}); --fresh does them anew", file=sys.stderr)
+    if not lacking:
+        return
+    with work_folder() as folder:
+        wanted = {"split": split, "max_tokens": request.max_tokens, "cells": [cell.to_json() for cell in lacking]}
+        write_json(folder / "request.json", wanted)
+        write_problems(problems, folder / "problems.jsonl")
+        out = cells[0].folder.parent
+        call = StageCall("sample", 0, None, config, {"policy": policy, "request": folder}, out, heavy=True, look=1)
+        what = f"{len(problems)} problems, {len(lacking)} searches"
+        with signals_end_children(), Stages(config) as stages, _bar(what) as progress:
+            stages(call, progress)
+
+
+def sample(context: Context, inputs: Inputs, out: Path) -> None:
+    """The stage: the searches of `request.json`, into their own folders."""
+    from flows.eval_run import run_cells
+
+    run_cells(context.config, inputs, context.progress)
+
+
+def _tell_unfinished(rows: Sequence[Row], num_problems: int, max_tokens: int | None) -> None:
+    """Which figures lack problems; only a cap makes them lack some."""
+    lacking = [(row, num_problems - len(row.values)) for row in rows if len(row.values) < num_problems]
+    if not lacking:
+        return
+    most = max(num for _, num in lacking)
+    each = ", ".join(f"{row.strategy} @ {row.budget:g} {num}" for row, num in lacking)
+    print(
+        f"--max-tokens {max_tokens}: up to {most} of {num_problems} problems are left out ({each}). Figures are over "
+        "the finished ones, and the first to finish are the easier ones; the same command with a higher cap goes on",
+        file=sys.stderr,
+    )
+
+
+# ---------------------------------------------------------------- samples made elsewhere
+
+
+def evaluate_pool(path: Path, task_name: str, request: Request, *, report: bool = False) -> dict[str, Any]:
+    """The same figures for samples made elsewhere (format: design of `ratchet eval --pool`). Raises DataError."""
+    from search.grade import grader_of
+    from search.pool import evaluate_file
+
+    if request.unit != "samples":
+        raise ConfigError(f"--unit {request.unit}: a file of samples has budgets in samples only")
+    budgets = None if request.budgets is None else [int(b) for b in request.budgets]
+    names = None if request.strategies is None else _pool_names(request.strategies)
+    found = evaluate_file(path, task_name, budgets, grader_of(task_name), names=names) | {"unit": "samples"}
+    if report:
+        _draw(found, path.with_name(f"{path.stem}-eval.png"))
+    return found
+
+
+def _pool_names(strategies: str) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for spec in parse_list(strategies):
+        rule = _rule(spec, Budget("samples", 1))
+        if rule is None:
+            raise ConfigError(
+                f"{spec.text} cannot be computed from stored samples: leave --pool out to search with a model"
+            )
+        names[spec.text] = rule
+    return names
+
+
+# ---------------------------------------------------------------- models and problems
 
 
 @contextmanager
@@ -97,34 +303,6 @@ def work_folder(command: str = "eval") -> Iterator[Path]:
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sample_there(config: Config, policy: Path, folder: Path, num_problems: int) -> None:
-    """Run the stage `sample` on what lies in the folder; its answers come into `eval/`."""
-    out = folder / "eval"
-    out.mkdir()
-    inputs = {"policy": policy, "request": folder}
-    call = StageCall("sample", 0, None, config, inputs, out, heavy=True, look=1)
-    with signals_end_children(), Stages(config) as stages, _bar(num_problems) as progress:
-        stages(call, progress)
-
-
-def sample(context: Context, inputs: Inputs, out: Path) -> None:
-    """The stage: greedy answers and a pool of samples of the problems, with the seeds that a round's evaluation has."""
-    request = json.loads((inputs["request"] / "request.json").read_text(encoding="utf-8"))
-    problems = read_problems(inputs["request"] / "problems.jsonl")
-    jobs = [greedy_job(request["split"], problems, "evaluate")] if request["greedy"] else []
-    if request["samples"]:
-        jobs.append(pool_job(request["split"], problems, request["samples"], "evaluate"))
-    run_jobs(context, inputs, out, jobs)
-
-
-def evaluate_pool(path: Path, task_name: str, request: Request) -> dict[str, Any]:
-    """The same figures for samples made elsewhere (format: design of `ratchet eval --pool`). Raises DataError."""
-    from search.grade import grader_of
-    from search.pool import evaluate_file
-
-    return evaluate_file(path, task_name, request.budgets, grader_of(task_name))
 
 
 def find_model(config: Config, runs_dir: Path, model: str) -> Path:
@@ -150,15 +328,18 @@ def _problems(task: Task, split: Literal["validation", "test"], num: int, loop: 
     return (read_problems(frozen) if frozen.exists() else task.problems(split))[:num]
 
 
+# ---------------------------------------------------------------- progress and picture
+
+
 @contextmanager
-def _bar(num_problems: int) -> Iterator[Progress]:
+def _bar(what: str) -> Iterator[Progress]:
     """A progress callback on stderr."""
     from rich.console import Console
 
     from flows.show import Display
 
     display = Display(Console(stderr=True))
-    display.stage_started("eval", f"{num_problems} problems", None)
+    display.stage_started("eval", what, None)
     try:
         yield lambda done, total, **info: display.progress("eval", done, total, **info)
     finally:
@@ -166,33 +347,7 @@ def _bar(num_problems: int) -> Iterator[Progress]:
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:
-    from flows.plots import accuracy_against_samples
+    from flows.plots_search import save_comparison
 
-    accuracy_against_samples(found["results"], path)
+    save_comparison(found, path)
     print(f"report: {path}", file=sys.stderr)
-
-
-def show(found: dict[str, Any]) -> None:
-    """For people, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from flows.show import count
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (("strategy", "left"), ("samples", "right"), ("accuracy", "right"), ("tokens", "right")):
-        table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
-    for row in _rows(found["results"]):
-        table.add_row(*row[:3], count(row[3]))
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{found['task']}: {found['n']} problems, {found['ungraded']} ungraded")
-    console.print(table)
-
-
-def _rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, float]]:
-    rows: list[tuple[str, str, str, float]] = []
-    for r in results:
-        error = "" if r["se"] is None else f" ± {196 * r['se']:.1f}"
-        accuracy = "-" if r["accuracy"] is None else f"{100 * r['accuracy']:.1f}{error} %"
-        rows.append((r["strategy"], f"{r['budget']:g}", accuracy, (r["spend"] or {}).get("generated_tokens", 0)))
-    return rows

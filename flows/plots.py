@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -216,41 +215,6 @@ def _shades(num: int) -> list[str]:
         return [GREY]
     ramp = LinearSegmentedColormap.from_list("rounds", ["#9cc0e6", BLUE, "#0c2f5c"])
     return [GREY, *(to_hex(ramp(i / max(num - 2, 1))) for i in range(num - 1))]
-
-
-@styled
-def _eval_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
-    figure, (axes,) = canvas(3.3)
-    names = list(dict.fromkeys(row["strategy"] for row in results if row["strategy"] != "greedy"))
-    labels: list[tuple[float, str, str]] = []
-    last = max([2, *(int(row["budget"]) for row in results)])
-    for name, colour in zip(names, itertools.cycle(_STRATEGY_HUES), strict=False):
-        rows = sorted((r for r in results if r["strategy"] == name and r["accuracy"] is not None), key=_budget)
-        values, bars = [r["accuracy"] for r in rows], [Z95 * (r["se"] or 0.0) for r in rows]
-        if rows:
-            axes.errorbar([r["budget"] for r in rows], values, bars, color=colour, marker="o", elinewidth=1)
-            labels.append((values[-1], name.replace("_", " "), colour))
-    for row in results:
-        if row["strategy"] == "greedy" and row["accuracy"] is not None:
-            axes.axhline(row["accuracy"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            labels.append((row["accuracy"], "greedy", MUTED))
-    _samples_axis(axes, last)
-    axes.set_title("Accuracy against samples")
-    label_ends(axes, last * 1.16, labels)
-    return figure
-
-
-def accuracy_against_samples(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The figure of `ratchet eval --report`, as PNG. `results`: rows of search.evaluate.to_json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render(_eval_figure(results), "png"))
-
-
-def _budget(row: Mapping[str, Any]) -> float:
-    return float(row["budget"])
-
-
-_STRATEGY_HUES = (BLUE, ORANGE, GREEN, PURPLE, SAND)
 
 
 # ---------------------------------------------------------------- difficulty

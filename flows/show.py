@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+LINE_S = 60.0  # between two lines of progress where there is no terminal
 
 
 def seconds(value: float) -> str:
@@ -69,13 +71,14 @@ class Display:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started_s = 0.0
+        self._told_s = 0.0  # when a log last got a line
 
     def round_started(self, title: str, expected_s: float | None) -> None:
         about = f"  [dim]expected {seconds(expected_s)}[/dim]" if expected_s else ""
         self.console.print(f"[bold]{title}[/bold]{about}", highlight=False)
 
     def stage_started(self, name: str, what: str, expected_s: float | None) -> None:
-        self._started_s = time.monotonic()
+        self._started_s = self._told_s = time.monotonic()
         if not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -91,17 +94,29 @@ class Display:
         self._progress.start()
 
     def progress(self, name: str, done: float, total: float, **info: Any) -> None:
-        if self._progress is None or self._task is None:
+        """`info`: tokens generated, steps (continuations: the size of all trees), loss; what runs, problems "3/8"."""
+        shown = self._describe(done, total, info)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, info=shown)
             return
-        shown = f"{done:g}/{total:g}"
+        now_s = time.monotonic()
+        if now_s - self._told_s >= LINE_S and done < total:  # a log gets a line now and then
+            self._told_s = now_s
+            left = (now_s - self._started_s) * (total - done) / done if done else 0.0
+            about = f" · about {seconds(left)} left" if left else ""
+            self.console.print(Text(f"  {name:<11}{shown}{about}"), soft_wrap=True)
+
+    def _describe(self, done: float, total: float, info: Mapping[str, Any]) -> str:
+        parts = [info["what"]] if info.get("what") else []
+        parts.append(f"{info['problems']} problems" if "problems" in info else f"{done:g}/{total:g}")
         if "tokens" in info:
-            elapsed = max(time.monotonic() - self._started_s, 1e-3)
-            shown += f" · {count(info['tokens'] / elapsed)} tok/s"
-        if "steps" in info:
-            shown += f" · {count(info['steps'])} steps"
+            elapsed_s = max(time.monotonic() - self._started_s, 1e-3)
+            parts.append(f"{count(info['tokens'] / elapsed_s)} tok/s")
+        if info.get("steps"):
+            parts.append(f"{count(info['steps'])} steps")
         if "loss" in info:
-            shown += f" · loss {info['loss']:.3f}"
-        self._progress.update(self._task, completed=done, total=total, info=shown)
+            parts.append(f"loss {info['loss']:.3f}")
+        return " · ".join(parts)
 
     def stage_finished(self, name: str, wall_s: float, note: str, *, resumed: bool) -> None:
         self.stop()

@@ -9,20 +9,24 @@ Axis legend: _P problems, _N candidates of one problem, _K values of k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from search import stats
+from search.answers import Rule
 from search.errors import DataError
 from search.results import Paths, read_results
-from search.stats import Estimate
+from search.stats import Estimate, Floats
 from search.types import Candidate, Grade, SearchResult, Spend
 
-RULES = ("pass", "gold", "majority", "best_of_n", "best_of_n_weighted")
-SCORED_RULES = ("best_of_n", "best_of_n_weighted")
+RULES = ("pass", "gold", "majority", "best_of_n", "best_of_n_weighted", "sharpened")
+SCORED_RULES = ("best_of_n", "best_of_n_weighted", "sharpened")
+SHARPENED = 4.0  # power of the score in the sharpened vote
+_COUNTS = [f.name for f in fields(Spend)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,10 @@ class Pool:
     scores_N: tuple[float | None, ...]
     num_ungraded: int
     spend: Spend
+    copies: tuple[int, ...] = ()  # how often each distinct finished text was drawn: a verifier reads each once
+    num_prompt_tokens: int = 0  # computed once, however many samples follow
+    failed: str | None = None  # why nothing could be drawn
+    unscored: str | None = None  # why the verifier's scores cannot be used
 
     @property
     def scored(self) -> bool:
@@ -52,6 +60,7 @@ class Outcomes:
     solved: Mapping[str, bool]
     num_ungraded: int
     spend: Spend
+    failures: tuple[str, ...] = ()  # the reasons of the problems that failed; they are not solved
 
     @property
     def accuracy(self) -> Estimate:
@@ -68,6 +77,9 @@ class PoolFigures:
     counts: Mapping[str, tuple[int, int]]  # key -> (correct, samples)
     num_ungraded: int
     spend: Spend  # of all samples
+    spends_K: Mapping[bool, tuple[Spend, ...]]  # what k samples of every problem cost, without and with their scores
+    failures: tuple[str, ...] = ()  # reasons of the problems of which nothing could be drawn
+    unscored: tuple[str, ...] = ()  # reasons of those whose scores cannot be used; not solved by rules that need them
 
     def estimate(self, rule: str, k: int) -> Estimate:
         return stats.mean_estimate(self.values_P_K[rule][:, self.ks.index(k)])
@@ -75,16 +87,6 @@ class PoolFigures:
     def by_key(self, rule: str, k: int) -> dict[str, float]:
         column = self.values_P_K[rule][:, self.ks.index(k)]
         return dict(zip(self.keys, map(float, column), strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of `ratchet eval`: a strategy at a budget of samples per problem."""
-
-    strategy: str
-    budget: float
-    accuracy: Estimate
-    spend: Spend
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,9 @@ def ungraded(candidate: Candidate) -> bool:
 
 
 def reduce_pool(result: SearchResult) -> Pool:
-    """Keep what the figures need of one stored pool."""
+    """Keep what the figures need of one stored pool. A failure that left finished answers is the verifier's."""
     candidates = result.candidates
+    drawn = any(c.ids for c in candidates)
     return Pool(
         key=result.problem.key,
         correct_N=tuple(solved(c) for c in candidates),
@@ -120,24 +123,32 @@ def reduce_pool(result: SearchResult) -> Pool:
         scores_N=tuple(c.score if c.complete else None for c in candidates),
         num_ungraded=sum(ungraded(c) for c in candidates),
         spend=result.spend,
+        copies=tuple(Counter(c.text for c in candidates if c.complete).values()),
+        num_prompt_tokens=len(result.prompt_ids),
+        failed=None if drawn else result.failed,
+        unscored=result.failed if drawn else None,
     )
 
 
-def read_outcomes(paths: Paths) -> Outcomes:
-    """The selected answer of every result: greedy files, or any strategy's. Abstaining is not solving.
+def read_outcomes(paths: Paths, rule: Rule | None = None) -> Outcomes:
+    """The selected answer of every result: greedy files, or any strategy's. Abstaining is not solving, nor is failing.
 
-    Raises DataError for a file that cannot be read, and for a problem that comes twice.
+    `rule` chooses among the stored candidates anew. Raises DataError for a file that cannot be read, and for a problem
+    that comes twice.
     """
     by_key: dict[str, bool] = {}
+    failures: list[str] = []
     num_ungraded, spend = 0, Spend()
     for result in read_results(paths):
         _refuse_twice(result.problem.key, by_key)
-        chosen = None if result.selected is None else result.candidates[result.selected]
-        by_key[result.problem.key] = chosen is not None and solved(chosen)
+        index = result.selected if rule is None or result.failed else rule(result.candidates)
+        chosen = None if index is None else result.candidates[index]
+        by_key[result.problem.key] = chosen is not None and not result.failed and solved(chosen)
         looked_at = result.candidates if chosen is None else (chosen,)  # an ungraded answer may not be selectable
         num_ungraded += not by_key[result.problem.key] and any(map(ungraded, looked_at))
+        failures += [result.failed] if result.failed else []
         spend += result.spend
-    return Outcomes(by_key, num_ungraded, spend)
+    return Outcomes(by_key, num_ungraded, spend, tuple(failures))
 
 
 def _refuse_twice(key: str, seen: Mapping[str, object]) -> None:
@@ -152,7 +163,8 @@ def values_at(pool: Pool, rule: str, ks: Sequence[int], *, seed: object = 0) -> 
     """The chance that `rule` solves this problem with k of its samples, for each k.
 
     pass, gold: any of the k is right. majority: the most frequent answer. best_of_n: the highest score.
-    best_of_n_weighted: the answer with the largest sum of scores. Raises ValueError for k above the pool.
+    best_of_n_weighted: the answer with the largest sum of scores; sharpened: of their fourth powers.
+    Raises ValueError for k above the pool.
     """
     if rule in ("pass", "gold"):
         return [stats.pass_at_k(len(pool.correct_N), sum(pool.correct_N), k) for k in ks]
@@ -163,6 +175,9 @@ def values_at(pool: Pool, rule: str, ks: Sequence[int], *, seed: object = 0) -> 
         return [stats.best_at_k(pool.correct_N, scores_N, k) for k in ks]
     if rule == "best_of_n_weighted":
         return stats.weighted_at_k(pool.correct_N, pool.answers_N, scores_N, ks, seed=f"{seed}/{pool.key}")
+    if rule == "sharpened":
+        powers_N = [None if s is None else max(s, 0.0) ** SHARPENED for s in scores_N]
+        return stats.weighted_at_k(pool.correct_N, pool.answers_N, powers_N, ks, seed=f"{seed}/{pool.key}")
     raise ValueError(f"unknown rule '{rule}': one of {', '.join(RULES)}")
 
 
@@ -171,19 +186,24 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
     counts: dict[str, tuple[int, int]] = {}
     values: dict[str, list[list[float]]] = {rule: [] for rule in rules}
     num_ungraded, spend, smallest = 0, Spend(), None
+    failures: list[str] = []
+    unscored: list[str] = []
+    spends = {scored: np.zeros((len(ks), len(_COUNTS))) for scored in (False, True)}
     for pool in pools:
         _refuse_twice(pool.key, counts)
         num = len(pool.correct_N)
         counts[pool.key] = (sum(pool.correct_N), num)
         num_ungraded += pool.num_ungraded
         spend += pool.spend
-        if num < max(ks):
+        failures += [pool.failed] if pool.failed else []
+        unscored += [pool.unscored] if pool.unscored else []
+        if num < max(ks) and not pool.failed:
             smallest = min(smallest or (num, pool.key), (num, pool.key))
             continue
+        for scored, spent in spends.items():
+            spent += [expected_spend(pool, min(k, num), scored=scored) for k in ks]
         for rule in rules:
-            if rule in SCORED_RULES and not pool.scored:
-                raise DataError(f"problem '{pool.key}' has answers without a score: '{rule}' needs one for each")
-            values[rule].append(values_at(pool, rule, ks, seed=seed))
+            values[rule].append(_values(pool, rule, ks, seed))
     if smallest:
         raise DataError(
             f"k = {max(ks)} needs {max(ks)} samples of every problem, but '{smallest[1]}' has {smallest[0]}; "
@@ -192,7 +212,109 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
     if not counts:
         raise DataError("the pool holds no problems")
     arrays = {rule: np.array(rows, dtype=np.float64) for rule, rows in values.items()}
-    return PoolFigures(tuple(counts), tuple(ks), arrays, counts, num_ungraded, spend)
+    spends_K = {scored: tuple(map(_rounded, spent)) for scored, spent in spends.items()}
+    return PoolFigures(
+        tuple(counts), tuple(ks), arrays, counts, num_ungraded, spend, spends_K, tuple(failures), tuple(unscored)
+    )
+
+
+def _values(pool: Pool, rule: str, ks: Sequence[int], seed: object) -> list[float]:
+    if pool.failed or (pool.unscored and rule in SCORED_RULES):
+        return [0.0] * len(ks)
+    if rule in SCORED_RULES and not pool.scored:
+        raise DataError(f"problem '{pool.key}' has answers without a score: '{rule}' needs one for each")
+    return values_at(pool, rule, ks, seed=seed)
+
+
+def expected_spend(pool: Pool, k: int, *, scored: bool) -> Floats:
+    """What k of the pool's samples cost on average, in the order of Spend's fields; float64 [fields].
+
+    The prompt is computed once, whatever k is; what else was computed of it, or taken from a cache, belongs to the
+    samples after the first. Of the verifier's part each distinct answer costs the same.
+    """
+    num, spend, prompt = len(pool.correct_N), pool.spend, pool.num_prompt_tokens
+    if num == 0:
+        return np.zeros(len(_COUNTS))
+    share, later = k / num, (k - 1) / (num - 1) if num > 1 else 1.0
+    generated = spend.generated_tokens * share
+    first = min(prompt, spend.prefilled_tokens)
+    prefilled = first + (spend.prefilled_tokens - first) * later
+    distinct = sum(stats.pass_at_k(num, n, k) for n in pool.copies) / len(pool.copies) if pool.copies else share
+    read = distinct if scored else 0.0
+    ideal = _ratio(prompt + generated, prompt + spend.generated_tokens, share)
+    actual = _ratio(prefilled + generated, spend.prefilled_tokens + spend.generated_tokens, share)
+    verifier_ideal, verifier_actual = spend.verifier_flops_ideal, spend.verifier_flops_actual
+    expected = {
+        "samples": spend.samples * share,
+        "generated_tokens": generated,
+        "prefilled_tokens": prefilled,
+        "cached_tokens": spend.cached_tokens * later,
+        "verifier_tokens": spend.verifier_tokens * read,
+        "flops_ideal": (spend.flops_ideal - verifier_ideal) * ideal + verifier_ideal * read,
+        "flops_actual": (spend.flops_actual - verifier_actual) * actual + verifier_actual * read,
+        "verifier_flops_ideal": verifier_ideal * read,
+        "verifier_flops_actual": verifier_actual * read,
+    }
+    return np.array([expected[name] for name in _COUNTS])
+
+
+def _ratio(part: float, whole: float, otherwise: float) -> float:
+    return part / whole if whole else otherwise
+
+
+def _rounded(values: Floats) -> Spend:
+    whole = {name for name, value in Spend().to_json().items() if isinstance(value, int)}
+    found: dict[str, Any] = {
+        name: round(value) if name in whole else float(value) for name, value in zip(_COUNTS, values, strict=True)
+    }
+    return Spend(**found)
+
+
+def joined(blocks: Sequence[Paths], order: Mapping[str, int], num: int) -> Iterator[SearchResult]:
+    """Pools drawn in several blocks, put together and cut to their first `num` samples; bounded memory.
+
+    Each block's results come in the order of the problems; problems that a block lacks are left out.
+    """
+    streams = [read_results(paths) for paths in blocks]
+    heads = [next(stream, None) for stream in streams]
+    while all(heads):
+        places = [order[head.problem.key] for head in heads if head]
+        if min(places) == max(places):
+            yield _join([head for head in heads if head], num)
+        for i, place in enumerate(places):
+            if place < max(places) or min(places) == max(places):
+                heads[i] = next(streams[i], None)
+
+
+def _join(parts: Sequence[SearchResult], num: int) -> SearchResult:
+    """The spend is that of the samples kept: generated tokens are counted, the rest is shared among the samples."""
+    candidates = [c for part in parts for c in part.candidates]
+    spend = sum((part.spend for part in parts), Spend())
+    failed = next((part.failed for part in parts if part.failed), None)
+    whole = replace(parts[0], candidates=tuple(candidates), spend=_once(parts, spend), failed=failed)
+    if len(candidates) <= num:
+        return whole
+    ids, kept = (sum(len(c.ids) for c in some) for some in (candidates, candidates[:num]))
+    spent = dict(zip(_COUNTS, expected_spend(reduce_pool(whole), num, scored=True), strict=True))
+    generated = whole.spend.generated_tokens * _ratio(kept, ids, num / len(candidates))
+    flops = (generated - spent["generated_tokens"]) * _flops_per_token(whole)
+    spent |= {"generated_tokens": generated}
+    spent |= {name: spent[name] + flops for name in ("flops_ideal", "flops_actual")}
+    return replace(whole, candidates=tuple(candidates[:num]), spend=_rounded(np.array(list(spent.values()))))
+
+
+def _once(parts: Sequence[SearchResult], spend: Spend) -> Spend:
+    """Ideally the prompt that every block began with is computed once."""
+    repeats = sum(bool(part.spend.generated_tokens) for part in parts[1:])
+    return replace(
+        spend, flops_ideal=spend.flops_ideal - repeats * len(parts[0].prompt_ids) * _flops_per_token(parts[0])
+    )
+
+
+def _flops_per_token(result: SearchResult) -> float:
+    """Of the policy, from a pool's own figures."""
+    policy = result.spend.flops_ideal - result.spend.verifier_flops_ideal
+    return _ratio(policy, len(result.prompt_ids) + result.spend.generated_tokens, 0.0)
 
 
 def read_pool(paths: Paths, ks: Sequence[int], rules: Sequence[str] = ("pass", "majority")) -> PoolFigures:
@@ -202,11 +324,7 @@ def read_pool(paths: Paths, ks: Sequence[int], rules: Sequence[str] = ("pass", "
 
 def scale(spend: Spend, factor: float) -> Spend:
     """A spend times a factor; counts are rounded to whole ones."""
-    scaled: dict[str, Any] = {
-        name: value * factor if isinstance(value, float) else round(value * factor)
-        for name, value in spend.to_json().items()
-    }
-    return Spend(**scaled)
+    return _rounded(np.array([getattr(spend, name) * factor for name in _COUNTS]))
 
 
 # ---------------------------------------------------------------- summaries
@@ -241,37 +359,6 @@ def metric_rows(estimates: Mapping[str, Estimate]) -> list[dict[str, Any]]:
             row["se"] = estimate.se
         rows.append(row)
     return rows
-
-
-def table(figures: PoolFigures) -> list[Row]:
-    """Accuracy against budget: every rule at every k, with the spend that k samples of every problem cost."""
-    rows: list[Row] = []
-    num_samples = sum(n for _, n in figures.counts.values())
-    for rule in figures.values_P_K:
-        for k in figures.ks:
-            spent = scale(figures.spend, k * len(figures.keys) / num_samples)
-            rows.append(Row(rule, k, figures.estimate(rule, k), spent))
-    return rows
-
-
-def outcome_row(strategy: str, budget: float, outcomes: Outcomes) -> Row:
-    """The row of a strategy that was really run, such as greedy or beam."""
-    return Row(strategy, budget, outcomes.accuracy, outcomes.spend)
-
-
-def to_json(task: str, n: int, num_ungraded: int, rows: Sequence[Row]) -> dict[str, Any]:
-    """The document of `ratchet eval --json`."""
-    results = [
-        {
-            "strategy": row.strategy,
-            "budget": row.budget,
-            "accuracy": row.accuracy.value,
-            "se": row.accuracy.se if np.isfinite(row.accuracy.se) else None,
-            "spend": row.spend.to_json(),
-        }
-        for row in rows
-    ]
-    return {"task": task, "n": n, "ungraded": num_ungraded, "results": results}
 
 
 def by_difficulty(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from search import evaluate
 from search.errors import DataError
 from search.evaluate import Pool
+from search.standings import pool_rows, to_json
 from search.tasks.files import Rejected, read_jsonl
 from search.types import Grade, Graded, Problem, Spend
 
@@ -38,21 +39,46 @@ class _Row:
     scores: tuple[float, ...] | None
 
 
+POOL_RULES = {"pass": "pass", "majority": "majority"}
+SCORED_POOL_RULES = {
+    "best_of_n": "best_of_n",
+    "best_of_n_weighted": "best_of_n_weighted",
+    "best_of_n(vote=sharpened)": "sharpened",
+}
+
+
 def evaluate_file(
-    path: Path, task: str, budgets: Sequence[int], grade: Grader, *, aggregation: Aggregation = "last"
+    path: Path,
+    task: str,
+    budgets: Sequence[int] | None,
+    grade: Grader,
+    *,
+    aggregation: Aggregation = "last",
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The document of `ratchet eval --json`: pass and majority at every budget, best-of-n too where there are scores.
 
-    Raises DataError naming line and reason for a row that cannot be used, for a file in which only some rows have
-    scores, for a problem that comes twice, and for a budget above the smallest number of responses.
+    `names`: strategies with their rules, instead of all. `budgets` None: 1, 4, 16, ... as far as every problem has
+    responses. Raises DataError naming line and reason for a row that cannot be used, for a file in which only some
+    rows have scores, for a problem that comes twice, and for a budget above the smallest number of responses.
     """
-    if not budgets or min(budgets) < 1:
+    if budgets is not None and (not budgets or min(budgets) < 1):
         raise DataError(f"budgets {list(budgets)}: give numbers of samples from 1 on, for example 1,2,4,8")
-    ks = sorted(set(budgets))
     scored = next((row.scores is not None for row in _read(path, aggregation)), False)
-    rules = ("pass", "majority", *(evaluate.SCORED_RULES if scored else ()))
-    figures = evaluate.pool_figures(_graded(path, _read(path, aggregation), grade), ks, rules)
-    return evaluate.to_json(task, len(figures.keys), figures.num_ungraded, evaluate.table(figures))
+    chosen = names or POOL_RULES | (SCORED_POOL_RULES if scored else {})
+    if lacking := [name for name, rule in chosen.items() if rule in evaluate.SCORED_RULES and not scored]:
+        raise DataError(f"{path} has no scores: '{lacking[0]}' needs one for every response")
+    ks = sorted(set(budgets or _sizes(min((len(r.responses) for r in _read(path, aggregation)), default=1))))
+    curve = sorted({*ks, *(2**i for i in range(max(ks).bit_length()) if 2**i <= max(ks))})
+    pools = _graded(path, _read(path, aggregation), grade)
+    figures = evaluate.pool_figures(pools, curve, list(dict.fromkeys(chosen.values())))
+    rows = pool_rows(figures, chosen)
+    shown = [row for row in rows if row.budget in ks]
+    return to_json(task, len(figures.keys), figures.num_ungraded, shown, [row for row in rows if row.budget not in ks])
+
+
+def _sizes(smallest: int) -> list[int]:
+    return [4**i for i in range(smallest.bit_length()) if 4**i <= smallest]
 
 
 def _graded(path: Path, rows: Iterator[_Row], grade: Grader) -> Iterator[Pool]:

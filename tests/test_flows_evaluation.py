@@ -1,74 +1,365 @@
-"""`ratchet eval` draws its samples as a round does: in a process of its own, shared among the cores."""
+"""`ratchet eval`: what is searched, what is shared, kept and reused, and what the rows say."""
 
+import itertools
 import json
-from pathlib import Path
+import re
 
 import pytest
 
 from configs import load
-from flows.evaluation import Request, evaluate_model
-from search.errors import DataError, StageFailed
+from flows import eval_run, evaluation
+from flows.evaluation import Request, evaluate_model, plan
+from search.errors import BudgetError, ConfigError, LockedError
+from search.results import read_results
+from search.types import VerifierFacts
 
-BOTH = Request((1, 4), ("greedy", "pass", "majority"))
+PROCESS, OUTCOME = VerifierFacts("v", 0), VerifierFacts("v", 0, process=False)
+BOTH = Request((1, 4), "greedy,pass,majority")
 
 
 @pytest.fixture
-def config_of(tmp_path, tiny_chat_model):
-    """The configuration of a file task with the tiny chat model. Example: config_of(processes=2)"""
-    lines = [json.dumps({"question": f"What is {i} plus {i}?", "answer": str(2 * i)}) for i in range(600)]
-    (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
+def scripted(tmp_path):
+    """A scripted model on countdown, in this process. Example: scripted(noise=0.2) has an oracle with noise."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "scripted.json").write_text('{"skill": 0}')
     data = {
         "loop": {"name": "mine"},
-        "task": {"type": "jsonl", "path": str(tmp_path / "q.jsonl"), "grader_workers": 1},
-        "model": {"base": str(tiny_chat_model), "dtype": "float32"},
-        "engine": {"type": "transformers", "device": "cpu"},
-        "sampling": {"max_new_tokens": 8},
-        "stages": {"threads": 2},
+        "task": {"type": "countdown"},
+        "model": {"base": "scripted"},
+        "engine": {"type": "scripted", "accuracy": 0.4},
+        "stages": {"in_process": True},
     }
 
-    def make(**engine):
-        return load.parse(data | {"engine": data["engine"] | engine})
+    def make(noise=None, **more):
+        verifier = {} if noise is None else {"verifier": {"type": "oracle", "noise": noise}}
+        return load.parse(data | verifier | more)
 
     return make
 
 
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path, monkeypatch):
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+@pytest.fixture
+def run(tmp_path, scripted):
+    """Evaluate it. Example: run(Request((4,), "majority"), noise=0.1)"""
+
+    def run(request, *, problems=30, split="validation", report=False, config=None, **more):
+        config = config or scripted(**more)
+        return evaluate_model(config, tmp_path, str(tmp_path / "model"), split, problems, request, report=report)
+
+    return run
 
 
-def test_any_number_of_processes_gives_the_same_figures(config_of, tiny_chat_model, tmp_path):
-    one, two = (
-        evaluate_model(config_of(processes=num), tmp_path, str(tiny_chat_model), "validation", 30, BOTH, report=False)
-        for num in (1, 2)
+@pytest.fixture
+def searched(monkeypatch):
+    """The names of the cells that are searched, in order, and the problems of each."""
+    calls = []
+    search = eval_run.search
+
+    def recording(problems, plan, *args, **more):
+        calls.append((plan.name, len(problems)))
+        return search(problems, plan, *args, **more)
+
+    monkeypatch.setattr(eval_run, "search", recording)
+    return calls
+
+
+def rows(found):
+    return {(r["strategy"], r["budget"]): r for r in found["results"]}
+
+
+def by_cell(tmp_path):
+    """Name of the cell -> its folder."""
+    folders = (p.parent for p in (tmp_path / "mine" / "eval").glob("*/cell.json"))
+    return {json.loads((f / "cell.json").read_text())["name"]: f for f in folders}
+
+
+# ---------------------------------------------------------------- what is planned
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (None, ["greedy", "pass", "majority"]),
+        (OUTCOME, ["greedy", "pass", "majority", "best_of_n", "best_of_n_weighted"]),
+        (
+            PROCESS,
+            [
+                "greedy",
+                "pass",
+                "majority",
+                "best_of_n",
+                "best_of_n_weighted",
+                "beam",
+                "dvts",
+                "rebase",
+                "step_rejection",
+            ],
+        ),
+    ],
+    ids=["no verifier", "of answers", "of steps"],
+)
+def test_default_strategies_are_those_that_the_verifier_allows(facts, expected):
+    assert list(dict.fromkeys(item.spec.text for item in plan(Request((16,)), facts))) == expected
+
+
+def test_what_a_budget_cannot_buy_is_left_out_with_a_line(capsys):
+    items = plan(Request((1, 4), "majority,beam,beam(width=2)"), PROCESS)
+    named = [(i.spec.text, i.budget.amount) for i in items]
+    assert named == [("majority", 1), ("majority", 4), ("beam", 4), ("beam(width=2)", 4)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("left out: beam at 1: 1 samples are no multiple of width 4")
+    with pytest.raises(BudgetError, match="no multiple of width 4"):
+        plan(Request((1, 2), "beam"), PROCESS)
+
+
+def test_a_strategy_without_its_verifier_is_a_clear_error():
+    with pytest.raises(ConfigError, match="beam needs a verifier"):
+        plan(Request((4,), "majority,beam"), None)
+    with pytest.raises(ConfigError, match="needs a verifier"):
+        plan(Request((4,), "majority(vote=weighted)"), None)
+    with pytest.raises(ConfigError, match="scores steps"):
+        plan(Request((4,), "beam"), OUTCOME)
+    with pytest.raises(ConfigError, match="--unit hours: expected samples, tokens or flops"):
+        plan(Request((4,), unit="hours"), None)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unit", "rule"),
+    [
+        ("majority", "samples", "majority"),
+        ("best_of_n(vote=sharpened)", "samples", "sharpened"),
+        ("best_of_n(samples=2)", "samples", None),
+        ("best_of_n_weighted(samples=4)", "tokens", None),
+        ("beam", "samples", None),
+        ("adaptive_majority", "samples", None),
+    ],
+)
+def test_only_plain_samples_come_from_the_pool(strategy, unit, rule):
+    (item,) = plan(Request((16,), strategy, unit), PROCESS)
+    assert item.rule == rule
+
+
+# ---------------------------------------------------------------- what is searched and shared
+
+
+def test_independent_samples_share_one_pool_that_is_scored_once(run, searched, tmp_path):
+    found = run(Request((1, 4), "greedy,pass,majority,best_of_n,best_of_n_weighted,beam(width=2)"), noise=0.1)
+    assert sorted(searched) == [("beam(width=2) @ 4", 30), ("greedy @ 1", 30), ("pool(4)", 30)]
+    names = ("pass", "majority", "best_of_n", "best_of_n_weighted")
+    assert list(rows(found)) == [("greedy", 1), *((n, k) for n in names for k in (1, 4)), ("beam(width=2)", 4)]
+    assert {*by_cell(tmp_path)} == {"greedy @ 1", "4 samples", "scores of 4 samples", "beam(width=2) @ 4"}
+    by_row = rows(found)
+    assert by_row["majority", 4]["spend"]["verifier_tokens"] == 0
+    assert by_row["best_of_n", 4]["spend"]["verifier_tokens"] > by_row["best_of_n", 1]["spend"]["verifier_tokens"] > 0
+    assert by_row["best_of_n", 4]["spend"]["generated_tokens"] == by_row["pass", 4]["spend"]["generated_tokens"]
+    assert found["unit"] == "samples"
+
+
+def test_a_perfect_verifier_finds_every_right_answer_of_the_pool(run):
+    by_row = rows(run(Request((1, 4, 16), "pass,majority,best_of_n"), noise=0.0, problems=60))
+    for k in (1, 4, 16):
+        assert by_row["best_of_n", k]["accuracy"] == pytest.approx(by_row["pass", k]["accuracy"])
+    best = by_row["best_of_n", 16]
+    assert best["gain"]["over"] == "majority"
+    assert best["gain"]["value"] == pytest.approx(best["accuracy"] - by_row["majority", 16]["accuracy"])
+
+
+def test_a_pool_is_what_best_of_n_would_have_drawn(run, tmp_path):
+    run(Request((4,), "majority,adaptive_majority(certainty=0.9999,batch=4)"))
+    cells = by_cell(tmp_path)
+    pool, searched = (
+        [[c.text for c in r.candidates] for r in read_results(cells[name])]
+        for name in ("4 samples", "adaptive_majority(certainty=0.9999, batch=4) @ 4")
     )
-    assert one == two
-    assert one["n"] == 30
-    assert [(r["strategy"], r["budget"]) for r in one["results"]] == [
+    assert pool == searched
+
+
+def test_other_units_search_for_real(run, searched):
+    found = run(Request((400, 800), "greedy,majority(samples=8)", unit="tokens"))
+    assert [(r["strategy"], r["budget"]) for r in found["results"]] == [
         ("greedy", 1),
-        ("pass", 1),
-        ("pass", 4),
-        ("majority", 1),
-        ("majority", 4),
+        ("majority(samples=8)", 400),
+        ("majority(samples=8)", 800),
     ]
-    assert list((tmp_path / "tmp").glob("ratchet-eval-*")) == []
+    assert ("majority(samples=8) @ 400 tokens", 30) in searched
+    for r in found["results"][1:]:
+        assert r["spend"]["generated_tokens"] <= r["budget"] * r["n"]
 
 
-def test_a_failure_leaves_the_log_that_it_names(config_of, tiny_chat_model, tmp_path):
-    config = config_of()
-    broken = config.model_copy(update={"stages": config.stages.model_copy(update={"timeout_s": 1})})
-    with pytest.raises(StageFailed, match=r"stage eval was stopped after 1 s .*; see (\S+log.txt)") as caught:
-        evaluate_model(broken, tmp_path, str(tiny_chat_model), "validation", 30, BOTH, report=False)
-    log = str(caught.value).partition("see ")[2].partition(" ")[0]
-    assert Path(log).is_file()
+def test_one_search_serves_all_votes_on_it(run, searched):
+    found = rows(run(Request((4,), "beam(width=2),beam(width=2, vote=majority)"), noise=0.3))
+    assert searched == [("beam(width=2) @ 4", 30)]
+    first, second = found["beam(width=2)", 4], found["beam(width=2, vote=majority)", 4]
+    assert first["spend"] == second["spend"]
 
 
-def test_a_split_without_problems_is_an_error(config_of, tiny_chat_model, tmp_path):
-    config = config_of()
-    lines = (tmp_path / "q.jsonl").read_text().splitlines()[:1]
-    (tmp_path / "q.jsonl").write_text(lines[0] + "\n")
-    splits = config.splits.model_copy(update={"train": 1.0, "validation": 0.0, "fit": 0.0, "gate": 0.0, "test": 0.0})
-    alone = config.model_copy(update={"splits": splits})
-    with pytest.raises(DataError, match="--split validation: the task has no problem in it"):
-        evaluate_model(alone, tmp_path, str(tiny_chat_model), "validation", 5, BOTH, report=False)
+# ---------------------------------------------------------------- what is kept
+
+
+def test_the_same_again_searches_nothing(run, searched, capsys):
+    request = Request((1, 4), "greedy,majority,best_of_n,beam(width=2)")
+    first = run(request, noise=0.1)
+    capsys.readouterr()
+    del searched[:]
+    assert run(request, noise=0.1) == first
+    assert searched == []
+    assert "4 of 4 searches are there already" in capsys.readouterr().err
+    again = run(Request((1, 4), request.strategies, fresh=True), noise=0.1)
+    assert len(searched) == 3
+    for r in [*again["results"], *first["results"]]:
+        del r["wall_s"]
+    assert again == first
+
+
+def test_more_budgets_draw_only_what_lacks(run, searched, tmp_path):
+    small = run(Request((1, 4), "majority,best_of_n"), noise=0.1)
+    both = run(Request((1, 4, 16), "majority,best_of_n"), noise=0.1)
+    assert searched == [("pool(4)", 30), ("pool(4+12)", 30)]
+    del searched[:]
+    once = run(Request((1, 4, 16), "majority,best_of_n"), noise=0.1, config=None, problems=30)
+    assert once == both
+    again = run(Request((1, 4), "majority,best_of_n"), noise=0.1)
+    assert again == small
+    assert searched == []
+
+
+def test_a_pool_in_blocks_has_the_figures_of_one_drawn_whole(run, tmp_path, scripted):
+    run(Request((4,), "majority"))
+    blocks = run(Request((1, 4, 16), "pass,majority"))
+    other = scripted(loop={"name": "other"})
+    whole = run(Request((1, 4, 16), "pass,majority"), config=other)
+    for a, b in zip(blocks["results"], whole["results"], strict=True):
+        assert a["accuracy"] == b["accuracy"]
+        for name in ("samples", "generated_tokens", "flops_ideal"):
+            assert a["spend"][name] == pytest.approx(b["spend"][name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise": 0.2},
+        {"sampling": {"temperature": 0.5}},
+        {"loop": {"name": "mine", "seed": 1}},
+        {"task": {"type": "countdown", "max_numbers": 4}},
+    ],
+    ids=["verifier", "sampling", "seed", "problems"],
+)
+def test_results_of_other_settings_are_never_used(run, searched, change):
+    request = Request((4,), "best_of_n,beam(width=2)")
+    run(request, noise=0.1)
+    first = list(searched)
+    run(request, **({"noise": 0.1} | change))
+    drawn = [name for name, _ in searched[len(first) :]]
+    assert "beam(width=2) @ 4" in drawn
+    assert ("pool(4)" in drawn) == (
+        "noise" not in change
+    )  # samples know no verifier; their scores are new all the same
+
+
+def test_another_model_is_searched_anew(run, searched, tmp_path):
+    run(BOTH)
+    (tmp_path / "model" / "scripted.json").write_text('{"skill": 1}')
+    del searched[:]
+    run(BOTH)
+    assert sorted(searched) == [("greedy @ 1", 30), ("pool(4)", 30)]
+
+
+def test_an_interrupted_evaluation_goes_on(run, searched, tmp_path, monkeypatch):
+    request = Request((4,), "majority,beam(width=2)")
+    whole = run(request, noise=0.1, config=None)
+    for folder in by_cell(tmp_path).values():
+        (folder / "result.json").unlink(missing_ok=True)
+    shard = by_cell(tmp_path)["beam(width=2) @ 4"] / "shard-00000.jsonl"
+    kept = shard.read_text()
+    shard.write_text("".join(kept.splitlines(keepends=True)[:12]))
+    del searched[:]
+    again = run(request, noise=0.1)
+    assert searched == [("beam(width=2) @ 4", 18)]
+    assert shard.read_text() == kept
+    assert [r["accuracy"] for r in again["results"]] == [r["accuracy"] for r in whole["results"]]
+
+
+def test_two_evaluations_of_a_loop_do_not_run_at_once(run, tmp_path, monkeypatch):
+    from flows.locks import lock
+
+    (tmp_path / "mine" / "eval").mkdir(parents=True)
+    with lock(tmp_path / "mine" / "eval" / ".lock", "an evaluation"), pytest.raises(LockedError, match="an evaluation"):
+        run(BOTH)
+
+
+# ---------------------------------------------------------------- caps and failures
+
+
+def test_a_cap_ends_cleanly_and_the_figures_say_of_how_many(run, capsys, tmp_path):
+    request = Request((4,), "greedy,majority,beam(width=2)", max_tokens=6000)
+    found = run(request, noise=0.1, problems=60)
+    spent = sum(r.spend.generated_tokens for folder in by_cell(tmp_path).values() for r in read_results(folder))
+    assert 0 < spent <= 6000
+    assert found["n"] == 60
+    lacking = {r["strategy"]: 60 - r["n"] for r in found["results"]}
+    assert sum(lacking.values()) > 0
+    message = capsys.readouterr().err
+    assert re.search(rf"--max-tokens 6000: up to {max(lacking.values())} of 60 problems are left out", message)
+    whole = run(Request((4,), request.strategies), noise=0.1, problems=60)
+    assert all(r["n"] == 60 for r in whole["results"])
+    assert whole["results"][0]["accuracy"] is not None
+
+
+def test_a_cap_that_buys_nothing_leaves_rows_without_figures(run):
+    found = run(Request((4,), "majority", max_tokens=1))
+    (r,) = found["results"]
+    assert (r["n"], r["accuracy"], r["gain"]) == (0, None, None)
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_failed_problem_counts_as_not_solved_and_is_told(run, monkeypatch):
+    class Broken(evaluation.load_verifier(load.load("smoke", ["verifier.type=oracle"]), None).__class__):
+        def score(self, requests):
+            scored = super().score(requests)
+            bad = requests[0].problem.key
+            return [
+                s.__class__((float("nan"),) * len(s.scores)) if r.problem.key == bad else s
+                for r, s in zip(requests, scored, strict=True)
+            ]
+
+    def load_broken(config, task):
+        return Broken(task, config.verifier, seed=0)
+
+    monkeypatch.setattr(eval_run, "load_verifier", load_broken)
+    by_row = rows(run(Request((4,), "majority,best_of_n,beam(width=2)"), noise=0.0))
+    assert by_row["majority", 4]["failed"] == 0
+    assert by_row["best_of_n", 4]["failed"] == 1
+    assert by_row["beam(width=2)", 4]["failed"] >= 1
+    assert by_row["best_of_n", 4]["n"] == 30
+    assert "nan" in by_row["best_of_n", 4]["failed_reason"]
+    assert by_row["best_of_n", 4]["accuracy"] <= 29 / 30
+
+
+def test_the_report_is_drawn(run, tmp_path, capsys):
+    run(Request((1, 4), "greedy,pass,majority,beam(width=2)"), noise=0.1, report=True)
+    (path,) = (tmp_path / "mine").glob("eval-*.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert f"report: {path}" in capsys.readouterr().err
+
+
+def test_progress_tells_problems_tokens_and_steps(scripted, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(evaluation, "_bar", lambda what: _bar(told))
+    config, request = scripted(noise=0.1), Request((4,), "majority,beam(width=2)")
+    evaluate_model(config, tmp_path, str(tmp_path / "model"), "validation", 30, request, report=False)
+    done, total, info = told[-1]
+    assert done == total == 30 * 8
+    assert info["problems"] == "60/60"  # of both searches
+    assert all(a[0] <= b[0] and a[2]["tokens"] <= b[2]["tokens"] for a, b in itertools.pairwise(told))
+    assert info["steps"] > 30 * 4
+
+
+class _bar:
+    def __init__(self, told):
+        self.told = told
+
+    def __enter__(self):
+        return lambda done, total, **info: self.told.append((done, total, info))
+
+    def __exit__(self, *raised):
+        pass

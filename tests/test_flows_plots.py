@@ -98,20 +98,3 @@ def test_labels_do_not_overlap(drawn):
                 (t.get_window_extent() for t in axes.texts if isinstance(t, Annotation)), key=lambda box: box.y0
             )
             assert all(a.y1 <= b.y0 + 1 for a, b in itertools.pairwise(boxes))
-
-
-def test_the_figure_of_an_evaluation_names_its_strategies(tmp_path):
-    rows = [
-        {"strategy": name, "budget": k, "accuracy": base + 0.05 * i, "se": 0.02}
-        for name, base in (("pass", 0.3), ("best_of_n", 0.2))
-        for i, k in enumerate((1, 4, 16))
-    ]
-    rows += [
-        {"strategy": "greedy", "budget": 1, "accuracy": 0.25, "se": None},
-        {"strategy": "beam", "budget": 4, "accuracy": None, "se": None},
-    ]
-    plots.accuracy_against_samples(rows, tmp_path / "new" / "eval.png")
-    assert (tmp_path / "new" / "eval.png").read_bytes().startswith(b"\x89PNG")
-    shown = set(texts(plots._eval_figure(rows)))
-    assert {"pass", "best of n", "greedy", "Accuracy against samples"} <= shown
-    assert "beam" not in shown

@@ -1,11 +1,13 @@
 import json
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
-from search import evaluate, stats
+from search import answers, evaluate, stats
 from search.errors import DataError
 from search.results import read_results, write_results
+from search.standings import pool_rows
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 
 
@@ -101,7 +103,8 @@ def test_uneven_pools_use_all_their_samples(write):
     figures = evaluate.read_pool(pool, (1, 2))
     assert figures.by_key("pass", 1) == {"a": 0.5, "b": 0.25}
     assert figures.counts == {"a": (1, 2), "b": (1, 4)}
-    spends = {(row.strategy, row.budget): row.spend.generated_tokens for row in evaluate.table(figures)}
+    rows = pool_rows(figures, {"pass": "pass", "majority": "majority"})
+    spends = {(row.strategy, row.budget): row.spend.generated_tokens for row in rows}
     assert spends == {("pass", 1): 20, ("pass", 2): 40, ("majority", 1): 20, ("majority", 2): 40}
 
 
@@ -130,20 +133,109 @@ def test_shards_in_a_folder_are_read_in_order(write, tmp_path):
     assert evaluate.total_spend(tmp_path).samples == 4
 
 
-def test_eval_document(write):
-    greedy = evaluate.read_outcomes(write("greedy.jsonl", [result("a", [RIGHT]), result("b", [UNGRADED])]))
-    rows = [evaluate.outcome_row("greedy", 1, greedy)]
-    document = json.loads(json.dumps(evaluate.to_json("countdown", 2, greedy.num_ungraded, rows)))
-    assert (document["task"], document["n"], document["ungraded"]) == ("countdown", 2, 1)
-    assert document["results"] == [
-        {
-            "strategy": "greedy",
-            "budget": 1,
-            "accuracy": 0.5,
-            "se": pytest.approx(0.5),
-            "spend": Spend(samples=2, generated_tokens=20, flops_ideal=2e3).to_json(),
-        }
-    ]
+def test_a_failed_problem_is_not_solved_by_anything(write):
+    failed = replace(result("b", [], None), failed="its prompt is too long")
+    greedy = write("greedy.jsonl", [result("a", [RIGHT]), failed, replace(result("c", [RIGHT]), failed="no scores")])
+    outcomes = evaluate.read_outcomes(greedy)
+    assert dict(outcomes.solved) == {"a": True, "b": False, "c": False}
+    assert outcomes.failures == ("its prompt is too long", "no scores")
+    pool = write("pool.jsonl", [result("a", [RIGHT, RIGHT]), failed])
+    figures = evaluate.read_pool(pool, (1, 2))
+    assert figures.by_key("pass", 2) == {"a": 1.0, "b": 0.0}
+    assert figures.failures == ("its prompt is too long",)
+
+
+def test_a_verifier_that_failed_on_a_problem_costs_only_the_rules_that_need_it(write):
+    scored = result("a", [candidate("7", score=0.6), candidate("7", score=0.5)])
+    bad = replace(result("b", [RIGHT, RIGHT]), failed="the verifier returned nan")
+    figures = evaluate.read_pool(write("pool.jsonl", [scored, bad]), (1,), ("majority", "best_of_n", "sharpened"))
+    assert figures.by_key("majority", 1) == {"a": 1.0, "b": 1.0}
+    assert figures.by_key("best_of_n", 1) == figures.by_key("sharpened", 1) == {"a": 1.0, "b": 0.0}
+    assert (figures.failures, figures.unscored) == ((), ("the verifier returned nan",))
+
+
+def test_another_rule_chooses_among_the_stored_candidates(write):
+    found = [candidate("8", Grade.WRONG, score=0.9), candidate("7", score=0.5), candidate("7", score=0.3)]
+    path = write("beam.jsonl", [result("a", found, 0)])
+    assert dict(evaluate.read_outcomes(path).solved) == {"a": False}
+    assert dict(evaluate.read_outcomes(path, answers.majority).solved) == {"a": True}
+
+
+def test_sharpening_goes_towards_the_highest_score():
+    scored = [candidate("8", Grade.WRONG, score=0.6), candidate("8", Grade.WRONG, score=0.6), candidate("7", score=0.9)]
+    pool = evaluate.reduce_pool(result("a", scored))
+    assert evaluate.values_at(pool, "best_of_n_weighted", [3]) == [0.0]
+    assert evaluate.values_at(pool, "sharpened", [3]) == [1.0]
+
+
+# ---------------------------------------------------------------- spend of a part of a pool
+
+
+def drawn(texts, *, first=0, prompt=10, per_token=2.0, verifier_tokens=0):
+    """A pool as an engine that computes a shared prompt once would leave it; a text of n characters has n tokens."""
+    candidates = tuple(
+        Candidate(tuple(range(len(t))), t, Finish.EOS, answer=t, grade=Grade.WRONG, path=(first + i,))
+        for i, t in enumerate(texts)
+    )
+    generated = sum(map(len, texts))
+    verifier = {"verifier_flops_ideal": 5.0 * verifier_tokens, "verifier_flops_actual": 7.0 * verifier_tokens}
+    spend = Spend(
+        samples=len(texts),
+        generated_tokens=generated,
+        prefilled_tokens=prompt,
+        cached_tokens=prompt * (len(texts) - 1),
+        verifier_tokens=verifier_tokens,
+        flops_ideal=per_token * (generated + prompt) + verifier["verifier_flops_ideal"],
+        flops_actual=per_token * (generated + prompt) + verifier["verifier_flops_actual"],
+        **verifier,
+    )
+    return SearchResult(Problem("a", "a", "7"), "pool", candidates, 0, spend, "f" * 16, "0", prompt_ids=(1,) * prompt)
+
+
+def spend_at(pool, k, *, scored=False):
+    names = Spend().to_json()
+    return dict(zip(names, evaluate.expected_spend(evaluate.reduce_pool(pool), k, scored=scored), strict=True))
+
+
+def test_the_prompt_is_paid_once_however_few_samples_follow():
+    pool = drawn(["xx", "yyyy", "zz", "wwww"])
+    one = spend_at(pool, 1)
+    assert one["generated_tokens"] == 3
+    assert (one["prefilled_tokens"], one["cached_tokens"]) == (10, 0)
+    assert one["flops_ideal"] == one["flops_actual"] == pytest.approx(2 * 13)
+    assert spend_at(pool, 4) == pytest.approx(pool.spend.to_json())
+
+
+def test_equal_answers_are_read_once_by_the_verifier():
+    pool = drawn(["xx", "xx", "yy", "yy"], verifier_tokens=40)
+    assert spend_at(pool, 4, scored=True) == pytest.approx(pool.spend.to_json())
+    assert spend_at(pool, 1, scored=True)["verifier_tokens"] == pytest.approx(20)  # one of the two
+    assert spend_at(pool, 2, scored=True)["verifier_tokens"] == pytest.approx(20 * (2 * 5 / 6))
+    plain = spend_at(pool, 4)
+    assert plain["verifier_tokens"] == plain["verifier_flops_ideal"] == 0
+    assert plain["flops_ideal"] == pytest.approx(2 * (8 + 10))
+
+
+def test_blocks_of_samples_are_one_pool(write):
+    whole = drawn(["a", "bb", "ccc", "dddd"])
+    blocks = [write("0.jsonl", [drawn(["a", "bb"])]), write("1.jsonl", [drawn(["ccc", "dddd"], first=2)])]
+    order = {"a": 0}
+    (found,) = evaluate.joined(blocks, order, 4)
+    assert [c.path for c in found.candidates] == [(0,), (1,), (2,), (3,)]
+    assert found.spend.generated_tokens == whole.spend.generated_tokens
+    assert found.spend.flops_ideal == pytest.approx(whole.spend.flops_ideal)  # the prompt is distinct once
+    assert found.spend.prefilled_tokens == 20  # and was computed twice
+    (part,) = evaluate.joined([write("2.jsonl", [whole])], order, 3)
+    assert [c.text for c in part.candidates] == ["a", "bb", "ccc"]
+    assert part.spend.generated_tokens == 6
+    assert part.spend.flops_ideal == pytest.approx(2 * (10 + 6))
+
+
+def test_a_problem_that_a_block_lacks_is_left_out(write):
+    first = write("0.jsonl", [result(key, [RIGHT]) for key in "abd"])
+    second = write("1.jsonl", [result(key, [WRONG]) for key in "bcd"])
+    found = list(evaluate.joined([first, second], {key: i for i, key in enumerate("abcd")}, 2))
+    assert [(r.problem.key, len(r.candidates)) for r in found] == [("b", 2), ("d", 2)]
 
 
 def test_accuracy_by_difficulty_keeps_ties_together():

@@ -61,9 +61,35 @@ def test_step_scores_are_aggregated(write, aggregation, best):
     path = write(row("a", "7", ["7", "8"], scores=[[0.1, 0.9], [0.8, 0.8]]))
     document = evaluate_file(path, "jsonl", [2], grade, aggregation=aggregation)
     found = accuracies(document)
-    assert list(found) == [(s, 2) for s in ("pass", "majority", "best_of_n", "best_of_n_weighted")]
+    scored = ("best_of_n", "best_of_n_weighted", "best_of_n(vote=sharpened)")
+    assert list(found) == [(s, 2) for s in ("pass", "majority", *scored)]
     assert found["best_of_n", 2] == best
     assert document["results"][0]["se"] is None  # one problem has no standard error
+
+
+def test_scores_gain_over_the_majority_at_the_same_budget(write):
+    rows = [row(f"p{i}", "7", ["8", "8", "7"], scores=[0.1, 0.1, 0.9]) for i in range(4)]
+    document = evaluate_file(write(*rows), "jsonl", [3], grade)
+    found = {r["strategy"]: r for r in document["results"]}
+    assert found["best_of_n"]["gain"] == {"over": "majority", "value": 1.0, "low": 1.0, "high": 1.0, "n": 4}
+    assert found["best_of_n"]["verifier_gain"]["value"] == 0.0
+    assert found["majority"]["gain"] is None
+
+
+def test_chosen_strategies_and_budgets_that_fit(write):
+    path = write(row("a", "7", ["7"] * 20), row("b", "7", ["7"] * 17))
+    found = accuracies(evaluate_file(path, "jsonl", None, grade, names={"majority": "majority"}))
+    assert list(found) == [("majority", 1), ("majority", 4), ("majority", 16)]
+    with pytest.raises(DataError, match="has no scores: 'best_of_n' needs one for every response"):
+        evaluate_file(path, "jsonl", None, grade, names={"best_of_n": "best_of_n"})
+
+
+def test_a_saving_without_tokens_counts_samples(write):
+    rows = [row(f"p{i}", "7", ["7", "7", "8", "8"], scores=[0.9, 0.8, 0.1, 0.1]) for i in range(3)]
+    document = evaluate_file(write(*rows), "jsonl", [1, 2, 4], grade)
+    found = {(r["strategy"], r["budget"]): r for r in document["results"]}
+    assert found["best_of_n_weighted", 1]["saving"] == {"over": "majority", "value": pytest.approx(1.0)}
+    assert found["best_of_n_weighted", 4]["saving"]["value"] is None  # no majority is right so often
 
 
 def test_one_score_per_response_and_the_weighted_vote(write):

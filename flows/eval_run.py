@@ -1,0 +1,250 @@
+"""The searches of `ratchet eval`, done in the stage's process: shard by shard, the same problems under every strategy
+before the next ones, so that what an interrupted or capped evaluation leaves can be compared.
+
+A shard that was cut short (by a kill on a streaming engine, by --max-tokens anywhere) keeps its finished problems.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config
+from flows.eval_store import Cell, count_lines
+from search import answers
+from search.engines import load_engine, num_processes
+from search.engines.reference import policy_path
+from search.errors import VerifierError
+from search.parallel import Report, fork_map
+from search.policy import Policy, Sampler, Scorer
+from search.results import append_result, read_partial, read_results, write_results
+from search.run import Plan, Progress, search
+from search.scheduler import Searching, Tick, run_together
+from search.sets import read_problems
+from search.strategies import parse
+from search.tasks import load_task
+from search.types import Budget, Candidate, Problem, SearchResult, StreamingEngine, Verifier
+from search.verifiers import load_verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Problems `start`..`end` of a cell."""
+
+    cell: Cell
+    number: int
+    start: int
+    end: int
+
+    @property
+    def path(self) -> Path:
+        return self.cell.shard(self.number)
+
+    @property
+    def weight(self) -> float:
+        return self.cell.weight * (self.end - self.start)
+
+
+@dataclass(slots=True)
+class Done:
+    """How far one process is."""
+
+    weight: float = 0.0
+    problems: int = 0
+    tokens: int = 0
+    steps: int = 0
+    cell: str = ""
+
+
+def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) -> None:
+    """The stage: do what the request's cells lack. `progress(done, total, tokens=, steps=, problems=, what=)`."""
+    request = json.loads((inputs["request"] / "request.json").read_text(encoding="utf-8"))
+    problems = read_problems(inputs["request"] / "problems.jsonl")
+    cells = [Cell.from_json(row) for row in request["cells"]]
+    num = num_processes(config)
+    shards = shards_of(cells, len(problems))
+    total, all_problems = sum(s.weight for s in shards), sum(s.end - s.start for s in shards)
+    states = [Done() for _ in range(num)]
+
+    def report(index: int, row: dict[str, Any]) -> None:
+        states[index] = Done(**row)
+        progress(
+            sum(s.weight for s in states),
+            total,
+            tokens=sum(s.tokens for s in states),
+            steps=sum(s.steps for s in states),
+            problems=f"{sum(s.problems for s in states)}/{all_problems}",
+            what=row["cell"],
+        )
+
+    def work(index: int, tell: Report) -> None:
+        task = load_task(config)
+        engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
+        seed = (config.loop.seed, "evaluate", f"pool-{request['split']}")
+        sampler = Sampler(engine, task, config.sampling.temperature, config.sampling.max_new_tokens, seed)
+        verifier = load_verifier(config, task) if any(cell.verified for cell in cells) else None
+        limit = None if request["max_tokens"] is None else request["max_tokens"] // num
+        _Process(sampler, verifier, problems, limit, num, tell).run(assign(shards, num)[index])
+        engine.close()
+
+    fork_map(work, num, report)
+
+
+def shards_of(cells: Sequence[Cell], num_problems: int) -> list[Shard]:
+    """All shards, those of the first problems first; a block of samples before its scores."""
+    shards = [
+        Shard(cell, number, start, min(start + cell.shard_problems, num_problems))
+        for cell in cells
+        for number, start in enumerate(range(0, num_problems, cell.shard_problems))
+    ]
+    return sorted(shards, key=lambda shard: shard.start)
+
+
+def assign(shards: Sequence[Shard], num: int) -> list[list[Shard]]:
+    """Shards of each process, about equal in work. Scores go where their samples are drawn."""
+    loads = [0.0] * num
+    owners: dict[Path, int] = {}
+    assigned: list[list[Shard]] = [[] for _ in range(num)]
+    for shard in shards:
+        source = shard.cell.scores / shard.path.name if shard.cell.scores else None
+        index = owners[source] if source in owners else loads.index(min(loads))
+        owners[shard.path] = index
+        loads[index] += shard.weight
+        assigned[index].append(shard)
+    return assigned
+
+
+class _Process:
+    """One process's part of the work."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        verifier: Verifier | None,
+        problems: Sequence[Problem],
+        max_tokens: int | None,
+        num_processes: int,
+        tell: Report,
+    ):
+        self._sampler = sampler
+        self._verifier = verifier
+        self._problems = problems
+        self._max_tokens = max_tokens
+        self._num_processes = num_processes
+        self._tell = tell
+        self._done = Done()
+
+    def run(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            started_s = time.monotonic()
+            work = self._score if shard.cell.scores else self._search
+            if work(shard):
+                row = {"wall_s": round(time.monotonic() - started_s, 3), "processes": self._num_processes}
+                with (shard.cell.folder / "timing.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"shard": shard.number, **row}) + "\n")
+            self._done.weight += shard.weight
+            self._done.problems += shard.end - shard.start
+            self._tell(asdict(self._done))
+
+    def _search(self, shard: Shard) -> bool:
+        """Search what the shard lacks; True where there was something to do."""
+        partial = shard.path.with_suffix(".partial")
+        if count_lines(shard.path) == shard.end - shard.start:
+            return False
+        kept = {r.problem.key: r for r in read_partial(partial)}
+        if shard.path.exists():
+            kept |= {r.problem.key: r for r in read_results(shard.path)}
+        problems = self._problems[shard.start : shard.end]
+        missing = [p for p in problems if p.key not in kept]
+        left = None if self._max_tokens is None else self._max_tokens - self._done.tokens
+        if left is not None and left <= 0:
+            return False
+        verifier = self._verifier if shard.cell.verified else None
+        streaming = isinstance(self._sampler.engine, StreamingEngine)
+        before = replace(self._done, cell=shard.cell.name)
+
+        def on_tick(tick: Tick) -> None:
+            part = (len(kept) + tick.finished) / len(problems)
+            self._tell(
+                asdict(
+                    Done(
+                        before.weight + part * shard.weight,
+                        before.problems + len(kept) + tick.finished,
+                        before.tokens + tick.tokens,
+                        before.steps + tick.steps,
+                        before.cell,
+                    )
+                )
+            )
+            self._done = replace(before, tokens=before.tokens + tick.tokens, steps=before.steps + tick.steps)
+
+        found = search(
+            missing,
+            plan_of(shard.cell, verifier),
+            self._sampler,
+            verifier,
+            max_tokens=left,
+            on_tick=on_tick,
+            on_result=(lambda result: append_result(result, partial)) if streaming else None,
+        )
+        kept |= {r.problem.key: r for r in found}
+        write_results([kept[p.key] for p in problems if p.key in kept], shard.path)
+        partial.unlink(missing_ok=True)
+        return True
+
+    def _score(self, shard: Shard) -> bool:
+        assert shard.cell.scores is not None
+        assert self._verifier is not None
+        source = shard.cell.scores / shard.path.name
+        if count_lines(source) == count_lines(shard.path):
+            return False
+        self._done.cell = shard.cell.name
+        drawn = list(read_results(source))
+        write_results(score(drawn, self._sampler, self._verifier), shard.path)
+        return True
+
+
+def plan_of(cell: Cell, verifier: Verifier | None) -> Plan:
+    """What is run on every problem of a cell."""
+    if not cell.strategy:
+        name = f"pool({cell.amount:g})" if not cell.first else f"pool({cell.first}+{cell.amount:g})"
+        return Plan(name, functools.partial(_block, first=cell.first), cell.budget, answers.majority)
+    return parse(cell.strategy).plan(cell.budget, verifier.facts if verifier and cell.verified else None)
+
+
+async def _block(
+    problem: Problem, policy: Policy, verifier: Scorer | None, budget: Budget, *, first: int
+) -> list[Candidate]:
+    """Independent samples from number `first` on: the same ones that a larger pool has at these places."""
+    policy.start(first, stream="sample")
+    return await policy.sample(int(budget.amount))
+
+
+def score(drawn: Sequence[SearchResult], sampler: Sampler, verifier: Verifier) -> list[SearchResult]:
+    """Stored pools with a verifier's scores; their spend has the verifier's added. One problem's failure is its own."""
+    scoring = [_score_one(result, sampler, verifier) for result in drawn]
+    scored: list[SearchResult] = []
+    for result in run_together(scoring, sampler.engine, verifier):
+        assert result is not None, "scoring generates nothing, so no cap ends it"
+        scored.append(result)
+    return scored
+
+
+async def _scored(result: SearchResult, policy: Policy, scorer: Scorer) -> SearchResult:
+    if result.failed:
+        return result
+    try:
+        candidates = await scorer.score(result.candidates)
+    except VerifierError as error:
+        return replace(result, failed=str(error), spend=result.spend + policy.spend)
+    return replace(result, candidates=tuple(candidates), spend=result.spend + policy.spend)
+
+
+def _score_one(result: SearchResult, sampler: Sampler, verifier: Verifier) -> Searching[SearchResult]:
+    policy = Policy(result.problem, sampler, Budget("samples", 0))
+    return _scored(result, policy, Scorer(verifier, policy, sampler.task.step_delimiter))

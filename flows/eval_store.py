@@ -1,0 +1,237 @@
+"""What `ratchet eval` keeps under runs/<loop>/eval: a folder for each search of a set of problems.
+
+A folder is named by a hash of all that decides what is in it (model, engine, sampling, seed, problems, strategy,
+budget, verifier, the code that searches), so results of different settings never mix, and equal ones are reused. In
+it: cell.json (what was hashed), shard-*.jsonl (search results), timing.jsonl, and of a complete search result.json.
+Independent samples are kept in blocks: samples 0..15, and later 16..63 beside them. Any folder may be deleted.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config
+from flows.artefacts import atomic_write, sha256_file, sha256_json
+from search.engines.reference import policy_path
+from search.evaluate import Outcomes, joined, pool_figures, read_outcomes, reduce_pool
+from search.evaluate import PoolFigures as Figures
+from search.strategies import SCORED_VOTES, VOTES, Spec
+from search.types import Budget, Problem, Spend
+
+SHARD_SAMPLES = 4000  # about as many answers are committed together
+_DECIDES = ("strategies", "verifiers", "tasks", "policy.py", "prompts.py", "randomness.py", "run.py", "trace.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One search to be done or reused. Without `strategy`: samples `first`.. of the shared pool, or (`scores`) their
+    scores."""
+
+    folder: Path
+    name: str  # "beam @ 16"
+    strategy: str
+    unit: str
+    amount: float
+    shard_problems: int
+    first: int = 0
+    verified: bool = False
+    scores: Path | None = None  # the block that is scored
+
+    @property
+    def weight(self) -> float:
+        """Answers' worth of work on a problem, about."""
+        return 0.0 if self.scores else self.amount if self.unit == "samples" else 1.0
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.unit, self.amount)  # pyright: ignore[reportArgumentType]
+
+    def num_stored(self) -> int:
+        """Problems whose results are there."""
+        return sum(count_lines(path) for path in self.folder.glob("shard-*.jsonl"))
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.jsonl"
+
+    def wall_s(self) -> float:
+        """Seconds that its searches took, all calls together, on the processes that shared them."""
+        path = self.folder / "timing.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return sum(row["wall_s"] / row["processes"] for row in rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder), "scores": str(self.scores) if self.scores else None}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Cell:
+        scores = Path(row["scores"]) if row["scores"] else None
+        return cls(**{**row, "folder": Path(row["folder"]), "scores": scores})
+
+
+class Store:
+    """The folders of one model on one set of problems."""
+
+    def __init__(self, root: Path, config: Config, policy: Path, split: str, problems: Sequence[Problem], num: int):
+        """`num`: processes that will share the problems, where shards are new."""
+        self.root = root
+        self._problems = problems
+        self._processes = num
+        rows = [[p.key, p.question, p.answer] for p in problems]
+        hidden = {"path", "test_path", "grader_workers"}
+        self._identity: dict[str, Any] = {
+            "code": _code(),
+            "model": fingerprint(policy, config),
+            "engine": config.engine.type,
+            "dtype": config.model.dtype,
+            "task": config.task.model_dump(mode="json", exclude=hidden),
+            "sampling": config.sampling.model_dump(mode="json"),
+            "seed": [config.loop.seed, "evaluate", split],
+            "problems": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+            "num_problems": len(problems),
+        }
+        self._verifier = config.verifier.model_dump(mode="json")
+
+    def search(self, spec: Spec, budget: Budget, fingerprint: str | None) -> Cell:
+        """A strategy's own search. `fingerprint` of the verifier that it asks; None: it asks none."""
+        asks = spec.entry.needs or spec.vote not in SCORED_VOTES
+        plain = Spec(spec.name, spec.options).text if asks else spec.text  # how answers vote is no part of a search
+        name = f"{plain} @ {budget.amount:g}" + ("" if budget.unit == "samples" else f" {budget.unit}")
+        asked = {"fingerprint": fingerprint, **self._verifier} if fingerprint is not None else None
+        what = {"strategy": plain, "unit": budget.unit, "amount": budget.amount, "verifier": asked}
+        return self._cell(name, what, strategy=plain, unit=budget.unit, amount=budget.amount, verified=bool(asked))
+
+    def pool(self, num: int) -> list[Cell]:
+        """The blocks that hold the first `num` independent samples of every problem: those there, and what lacks."""
+        known = [(row["first"], row["amount"], done) for row, done in self._known() if "first" in row]
+        blocks: list[Cell] = []
+        drawn = 0
+        while drawn < num:
+            usable = [n for first, n, done in known if first == drawn and (done or n <= num - drawn)]
+            size = max(usable, default=num - drawn)
+            what = {"first": drawn, "amount": size}
+            name = f"samples {drawn}-{drawn + size - 1}" if drawn else f"{size} samples"
+            blocks.append(self._cell(name, what, strategy="", unit="samples", amount=size, first=drawn))
+            drawn += size
+        return blocks
+
+    def scores(self, block: Cell, fingerprint: str) -> Cell:
+        """A verifier's scores of a block of samples."""
+        what = {"scores": [block.first, block.amount], "verifier": {"fingerprint": fingerprint, **self._verifier}}
+        return self._cell(
+            f"scores of {block.name}",
+            what,
+            strategy="",
+            unit="samples",
+            amount=block.amount,
+            first=block.first,
+            verified=True,
+            scores=block.folder,
+            shard_problems=block.shard_problems,
+        )
+
+    def _cell(self, name: str, what: dict[str, Any], *, shard_problems: int = 0, **fields: Any) -> Cell:
+        folder = self.root / sha256_json(self._identity | what)[:16]
+        path = folder / "cell.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            wanted = SHARD_SAMPLES // max(1, int(fields["amount"] if fields["unit"] == "samples" else 16))
+            shard_problems = shard_problems or max(1, min(wanted, -(-len(self._problems) // self._processes)))
+            row = {"name": name, "shard_problems": shard_problems, **self._identity, **what}
+            atomic_write(path, json.dumps(row, indent=1) + "\n")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Cell(folder, name, shard_problems=stored["shard_problems"], **fields)
+
+    def _known(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """What is stored of this model on these problems, and whether it is complete."""
+        for path in sorted(self.root.glob("*/cell.json")):
+            row = json.loads(path.read_text(encoding="utf-8"))
+            shards = list(path.parent.glob("shard-*.jsonl"))
+            if shards and all(row.get(name) == value for name, value in self._identity.items()):
+                yield row, sum(map(count_lines, shards)) == len(self._problems)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def outcomes(cell: Cell, spec: Spec, order: Mapping[str, int]) -> Outcomes:
+    """What a strategy's search came to, under its rule. Of a complete one the outcomes are kept."""
+    path = cell.folder / ("result.json" if spec.vote is None else f"result-{spec.vote}.json")
+    if path.exists():
+        return _outcomes_of(json.loads(path.read_text(encoding="utf-8")))
+    found = read_outcomes(cell.folder, VOTES[spec.vote] if spec.vote else None)
+    if len(found.solved) == len(order):
+        accuracy = found.accuracy
+        row = {"accuracy": accuracy.value, "se": accuracy.se, "n": accuracy.n, "ungraded": found.num_ungraded}
+        row |= {"failures": found.failures, "spend": found.spend.to_json(), "solved": dict(found.solved)}
+        atomic_write(path, json.dumps(row) + "\n")
+    return found
+
+
+def _outcomes_of(row: Mapping[str, Any]) -> Outcomes:
+    return Outcomes(row["solved"], row["ungraded"], Spend(**row["spend"]), tuple(row["failures"]))
+
+
+def figures(
+    blocks: Sequence[Cell], ks: Sequence[int], rules: Sequence[str], order: Mapping[str, int]
+) -> Figures | None:
+    """The figures of a pool in blocks, over the problems that all of them hold; None where there is none."""
+    pools = map(reduce_pool, joined([block.folder for block in blocks], order, max(ks)))
+    first = next(pools, None)
+    return pool_figures(itertools.chain([first], pools), ks, rules) if first else None
+
+
+def count_lines(path: Path) -> int:
+    """Results in a shard; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(functools.partial(file.read, 1 << 20), b""))
+
+
+def forget(cells: Sequence[Cell]) -> None:
+    """Delete what is stored of these, so that it is done again."""
+    for cell in cells:
+        for path in [*cell.folder.glob("shard-*"), *cell.folder.glob("result*.json"), cell.folder / "timing.jsonl"]:
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- what decides
+
+
+def fingerprint(policy: Path, config: Config) -> str:
+    """Of the policy: its weights, its configuration and tokenizer; for a server what it is asked for."""
+    source = policy_path(policy)
+    folder = Path(source)
+    digest = hashlib.sha256()
+    for place in [folder, *_base_of_adapter(folder)]:
+        if not place.is_dir():
+            digest.update(f"{place}@{config.model.revision}".encode())
+            continue
+        for path in sorted(p for p in place.iterdir() if p.is_file() and p.suffix in (".safetensors", ".json")):
+            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    if config.engine.type == "server":
+        digest.update(f"{config.engine.url} {config.engine.model} {config.engine.policy}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _base_of_adapter(folder: Path) -> list[Path]:
+    path = folder / "adapter_config.json"
+    return [Path(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])] if path.is_file() else []
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the source that decides what a search gives: what other code left is not reused."""
+    root = Path(__file__).resolve().parent.parent / "search"
+    digest = hashlib.sha256()
+    for path in sorted(p for name in _DECIDES for p in [root / name, *(root / name).glob("*.py")] if p.is_file()):
+        digest.update(f"{path.relative_to(root)}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,131 @@
+"""What `ratchet eval` prints: accuracy with what it gains and saves, then what a problem costs. Fits 100 columns."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.show import count, seconds
+
+Result = Mapping[str, Any]
+SPENT = {
+    "samples": "samples",
+    "generated_tokens": "generated",
+    "prefilled_tokens": "prefilled",
+    "cached_tokens": "cached",
+    "verifier_tokens": "verifier",
+    "flops_ideal": "FLOPs",
+    "flops_actual": "actual",
+}
+_MARKS = {"greedy": "g", "majority": "m"}
+
+
+def show(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """On stdout."""
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    where = f", {found['split']}" if "split" in found else ""
+    model = f"{found['model']} on " if "model" in found else ""
+    console.print(Text(f"{model}{found['task']}{where}: {found['n']} problems, {found['ungraded']} ungraded"))
+    results = found["results"]
+    console.print(_accuracies(found))
+    for line in _legend(results):
+        console.print(Text(line, style="dim"))
+    if any(r["spend"]["generated_tokens"] for r in results):
+        console.print()
+        console.print(_spends(found))
+        console.print(Text("per problem; FLOPs: each distinct token once, actual: as computed", style="dim"))
+    for line in _failures(results):
+        console.print(Text(line))
+
+
+def _accuracies(found: Mapping[str, Any]) -> Table:
+    results: Sequence[Result] = found["results"]
+    heads = ["strategy", found.get("unit", "samples"), "accuracy", "gain"]
+    weighted = any(r.get("verifier_gain") for r in results)
+    savings = any(r.get("saving") for r in results)
+    partial = any(r["n"] < found["n"] for r in results)
+    heads += ["over weighted"] * weighted + ["saving"] * savings + ["problems"] * partial
+    table = _table(heads)
+    for name, r in _grouped(results):
+        cells = [name, Text(f"{r['budget']:g}"), _accuracy(r), _gain(r.get("gain"), marked=True)]
+        cells += [_gain(r.get("verifier_gain"))] * weighted
+        cells += [_saving(r)] * savings + [Text(str(r["n"]))] * partial
+        table.add_row(*cells)
+    return table
+
+
+def _spends(found: Mapping[str, Any]) -> Table:
+    results: Sequence[Result] = found["results"]
+    shown = [name for name in SPENT if any(r["spend"][name] for r in results)]
+    if found.get("unit", "samples") == "samples" and all(
+        r["spend"]["samples"] == r["budget"] * r["n"] for r in results
+    ):
+        shown.remove("samples")
+    timed = any(r.get("wall_s") for r in results)
+    table = _table(["strategy", "budget", *(SPENT[name] for name in shown), *["time"] * timed])
+    for name, r in _grouped(results):
+        cells = [Text(count(_rounded(r["spend"][field] / max(1, r["n"])))) for field in shown]
+        cells += [Text(seconds(r["wall_s"]) if r.get("wall_s") else "")] * timed
+        table.add_row(name, Text(f"{r['budget']:g}"), *cells)
+    return table
+
+
+def _table(heads: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _grouped(results: Sequence[Result]) -> Iterator[tuple[Text, Result]]:
+    """A strategy is named in its first row."""
+    for name, rows in itertools.groupby(results, key=lambda r: r["strategy"]):
+        for index, row in enumerate(rows):
+            yield Text("" if index else name), row
+
+
+def _accuracy(r: Result) -> Text:
+    if r["accuracy"] is None:
+        return Text("-")
+    return Text(f"{100 * r['accuracy']:.1f} %" + ("" if r["se"] is None else f" ± {196 * r['se']:4.1f}"))
+
+
+def _gain(gain: Mapping[str, Any] | None, *, marked: bool = False) -> Text:
+    """In points, with its 95 % interval; bold where that leaves 0 out."""
+    if gain is None:
+        return Text("")
+    text = f"{100 * gain['value']:+.1f}"
+    sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
+    text += "" if gain["low"] is None else f" ± {50 * (gain['high'] - gain['low']):4.1f}"
+    mark = f" {_MARKS.get(gain['over'], '')}" if marked else ""
+    return Text.assemble((text, "bold" if sure else ""), (mark, "dim"))
+
+
+def _saving(r: Result) -> Text:
+    value = (r.get("saving") or {}).get("value")
+    return Text("" if value is None else f"{value:.1f} x")
+
+
+def _rounded(value: float) -> float:
+    return round(value, 1) if value < 100 else round(value)
+
+
+def _legend(results: Sequence[Result]) -> Iterator[str]:
+    if any(r.get("gain") for r in results):
+        yield "± 95 %. gain: points over greedy (g) or majority (m), the better of the two at the same budget"
+    if any((r.get("saving") or {}).get("value") is not None for r in results):
+        overs = sorted({r["saving"]["over"] for r in results if (r.get("saving") or {}).get("value") is not None})
+        yield f"saving: FLOPs that {' or '.join(overs)} needs for this accuracy, over its own"
+
+
+def _failures(results: Sequence[Result]) -> Iterator[str]:
+    for r in results:
+        if r["failed"]:
+            reason = r["failed_reason"]
+            yield f"{r['strategy']} @ {r['budget']:g}: {r['failed']} of {r['n']} problems failed; most often: {reason}"

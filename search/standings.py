@@ -1,0 +1,168 @@
+"""Strategies side by side: what each gains over the plain baselines at the same budget, and how much cheaper it is.
+
+Gains are paired by problem, with 95 % t intervals (Miller 2024, arXiv 2411.00640). A saving is the baseline's ideal
+FLOPs at equal accuracy over the row's own, by interpolating the baseline's measured curve (Snell et al. 2024 compare
+so); where the curve does not reach the accuracy, or starts above it, there is none. Left out: an interval of the
+saving.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from search import stats
+from search.evaluate import SCORED_RULES, PoolFigures
+from search.stats import Estimate
+from search.types import Spend
+
+PLAIN = ("greedy", "majority")  # what needs no search and no verifier
+WEIGHTED = "best_of_n_weighted"  # what a verifier brings without search
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A strategy at a budget. `values[key]`: was the problem solved, or its chance over the subsets of a pool.
+
+    `spend` is that of all its problems together, `wall_s` what its processes took for it.
+    """
+
+    strategy: str
+    budget: float
+    values: Mapping[str, float]
+    spend: Spend
+    num_ungraded: int = 0
+    failures: tuple[str, ...] = ()  # a reason for each problem that failed
+    wall_s: float | None = None
+    verified: bool = False  # it needs a verifier
+
+    @property
+    def accuracy(self) -> Estimate:
+        return stats.mean_estimate(list(self.values.values()))
+
+    @property
+    def cost(self) -> float:
+        """Ideal FLOPs of a problem; samples where no FLOPs are known."""
+        return (self.spend.flops_ideal or self.spend.samples) / max(1, len(self.values))
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Difference in accuracy to another row, over the `n` problems that both finished."""
+
+    over: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def pool_rows(figures: PoolFigures, names: Mapping[str, str], wall_s: Mapping[bool, float] | None = None) -> list[Row]:
+    """The rows of every strategy at every k of a pool. `names`: strategy -> rule; `wall_s` of all the pool's samples,
+    without and with their scores: a row takes its share."""
+    rows: list[Row] = []
+    num = max(1, sum(n for _, n in figures.counts.values()))
+    for strategy, rule in names.items():
+        scored = rule in SCORED_RULES
+        for i, k in enumerate(figures.ks):
+            share = k * len(figures.keys) / num
+            rows.append(
+                Row(
+                    strategy,
+                    k,
+                    figures.by_key(rule, k),
+                    figures.spends_K[scored][i],
+                    figures.num_ungraded,
+                    figures.failures + (figures.unscored if scored else ()),
+                    wall_s[scored] * share if wall_s else None,
+                    verified=scored,
+                )
+            )
+    return rows
+
+
+def gain(row: Row, rows: Sequence[Row], over: Sequence[str]) -> Gain | None:
+    """Against the most accurate of these strategies at the same budget (greedy has one answer at any); None where it
+    is that one, or none is there."""
+    others = [r for r in rows if r.strategy in over and r.values and r.budget in (row.budget, _any_budget(r))]
+    best = max(others, key=lambda r: r.accuracy.value, default=None)
+    if best is None or best is row:
+        return None
+    keys = [key for key in row.values if key in best.values]
+    if not keys:
+        return None
+    found = stats.paired_difference([best.values[key] for key in keys], [row.values[key] for key in keys])
+    return Gain(best.strategy, found.mean, found.low, found.high, found.n)
+
+
+def _any_budget(row: Row) -> float | None:
+    return row.budget if row.strategy == "greedy" else None
+
+
+def saving(row: Row, curve: Sequence[Row]) -> float | None:
+    """How many times the row's cost the baseline needs for its accuracy; None out of the curve's range.
+
+    Interpolates accuracy over the logarithm of the cost, between the curve's neighbours where it first gets there.
+    """
+    target = row.accuracy.value
+    points = sorted((r.cost, r.accuracy.value) for r in curve if r.cost > 0 and r.values)
+    if not row.cost or not points or not target >= points[0][1]:
+        return None
+    for (low_cost, low), (high_cost, high) in itertools.pairwise(points):
+        if low <= target <= high:
+            part = (target - low) / (high - low) if high > low else 0.0
+            return math.exp((1 - part) * math.log(low_cost) + part * math.log(high_cost)) / row.cost
+    return points[0][0] / row.cost if len(points) == 1 and points[0][1] == target else None
+
+
+def baseline_of(row: Row, rows: Sequence[Row]) -> str:
+    """What a row's saving is measured against: with a verifier its own weighted vote, else the majority."""
+    weighted = row.verified and row.strategy != WEIGHTED and any(r.strategy == WEIGHTED for r in rows)
+    return WEIGHTED if weighted else "majority"
+
+
+def to_json(task: str, n: int, num_ungraded: int, rows: Sequence[Row], curves: Sequence[Row] = ()) -> dict[str, Any]:
+    """The document of `ratchet eval --json`. `curves`: more points of the baselines, for savings only."""
+    return {
+        "task": task,
+        "n": n,
+        "ungraded": num_ungraded,
+        "results": [_row_json(row, rows, [*rows, *curves]) for row in rows],
+    }
+
+
+def _row_json(row: Row, rows: Sequence[Row], points: Sequence[Row]) -> dict[str, Any]:
+    accuracy = row.accuracy
+    found: dict[str, Any] = {
+        "strategy": row.strategy,
+        "budget": row.budget,
+        "n": accuracy.n,
+        "accuracy": _finite(accuracy.value),
+        "se": _finite(accuracy.se),
+        "failed": len(row.failures),
+        "ungraded": row.num_ungraded,
+        "gain": _gain_json(gain(row, rows, PLAIN)),
+    }
+    if row.failures:
+        found["failed_reason"] = Counter(row.failures).most_common(1)[0][0]
+    if row.verified and row.strategy != WEIGHTED:
+        found["verifier_gain"] = _gain_json(gain(row, rows, (WEIGHTED,)))
+    over = baseline_of(row, rows)
+    curve = [r for r in points if r.strategy == over]
+    if curve and row.strategy not in (over, "pass"):  # any of k right is no answer that could be given
+        found["saving"] = {"over": over, "value": saving(row, curve)}
+    return found | {"spend": row.spend.to_json(), "wall_s": None if row.wall_s is None else round(row.wall_s, 3)}
+
+
+def _gain_json(gain: Gain | None) -> dict[str, Any] | None:
+    if gain is None:
+        return None
+    return {"over": gain.over, "value": gain.value, "low": _finite(gain.low), "high": _finite(gain.high), "n": gain.n}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
