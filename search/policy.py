@@ -191,6 +191,8 @@ class Policy:
         self, candidates: Sequence[Candidate], stop: str | None, temperature: float | None
     ) -> list[Candidate]:
         assert all(c.open for c in candidates), "a candidate that ended cannot be continued"
+        if not candidates:
+            return []
         whole = 0 if stop else sum(not c.step_ends for c in candidates)
         depths = Counter(len(c.step_ends) for c in candidates if stop or c.step_ends)
         self._affordable(candidates)
@@ -202,8 +204,6 @@ class Policy:
     async def _ask(
         self, candidates: Sequence[Candidate], stop: str | None, temperature: float | None, *, kind: str
     ) -> list[Candidate]:
-        if not candidates:
-            return []
         sampler, room = self._sampler, self._affordable(candidates)
         requests = [
             Request(
@@ -389,7 +389,7 @@ def extended(
     finish = Finish.ERROR if not new.ids and new.finish in (Finish.STOP, Finish.EOS) else new.finish
     ids = candidate.ids + new.ids
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    if end_text is not None and finish in (Finish.STOP, Finish.EOS) and end_text in text:
+    if end_text is not None and finish in (Finish.STOP, Finish.EOS, Finish.LENGTH) and end_text in text:
         ids, text = ended_at(ids, text.find(end_text), tokenizer)
         finish = Finish.EOS
     logprob = None if new.logprob is None else (candidate.logprob or 0.0) + new.logprob

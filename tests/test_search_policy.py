@@ -291,6 +291,19 @@ def test_an_answer_that_runs_into_the_next_question_ends_before_it():
     assert result.spend.generated_tokens == len("4\n\nQuestion:\n")
 
 
+@pytest.mark.parametrize("strategy", ["dvts(width=1)", "majority"])
+def test_an_answer_that_had_ended_is_not_cut_off_by_what_runs_on_after_it(strategy):
+    class FewShot(LineTask):
+        end_text = "\n\nQuestion:"
+
+    pieces = {"": "a\n", "a\n": "4\n", "a\n4\n": "\n", "a\n4\n\n": "Question: what else, and so on, without an end"}
+    result = run_one(strategy, 1, StepEngine(by_table(pieces)), by_score({}), task=FewShot(), max_new_tokens=25)
+    (candidate,) = result.candidates
+    assert (candidate.finish, candidate.text, candidate.ids[-1]) == (Finish.EOS, "a\n4", EOS)
+    assert "".join(candidate.steps) == "a\n4"
+    assert answer_given(result) == "4"
+
+
 def test_four_and_then_four_samples_are_the_same_eight():
     engine = babbling(1)
 

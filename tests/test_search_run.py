@@ -214,6 +214,19 @@ def test_a_streaming_engine_that_dies_again_and_again_loses_and_doubles_nothing(
     assert [r.to_json() for r in stored] == [r.to_json() for r in alone]
 
 
+def test_an_engine_that_remembers_forgets_before_every_shard(tmp_path):
+    class Remembering(StepEngine):
+        resets = ()
+
+        def reset(self):
+            self.resets = (*self.resets, len(self.log))
+
+    engine = Remembering(chain_engine(0.8).script)
+    shards(engine, tmp_path, strategy="majority")
+    per_shard = [6 * 4, 6 * 4, 6 * 4]
+    assert engine.resets == tuple(itertools.accumulate([0, *per_shard]))
+
+
 def test_a_partial_file_that_was_cut_in_a_line_is_resumed(tmp_path):
     with pytest.raises(EngineError):
         shards(ShuffledStream(chain_engine(0.8), 0, num_answers=220), tmp_path, size=20)
