@@ -107,15 +107,17 @@ class Policy:
     def start(self, num: int, *, stream: str = "tree", attempts: Sequence[Candidate] = ()) -> list[Candidate]:
         """`num` empty candidates, each with a random stream of its own; nothing is spent yet.
 
-        Successive calls on one stream continue it. `attempts`: earlier answers shown in the prompt, oldest first.
+        Successive calls on one stream continue it. `attempts`: earlier answers shown in the prompt, oldest first; the
+        oldest are left out where the context would have no room for another answer, but never the last.
         """
         first = self._drawn[stream]
         self._drawn[stream] += num
-        shown: tuple[int, ...] = ()
+        shown = self._showing(attempts)
+        while len(attempts) > 1 and len(shown) + self._sampler.max_new_tokens > self._sampler.engine.facts.max_length:
+            attempts = attempts[1:]
+            shown = self._showing(attempts)
         if attempts:
-            texts = tuple(a.text for a in attempts)
-            shown = tuple(prompt_ids(self._sampler.task, self._sampler.engine.tokenizer, self.problem, texts))
-            self._shown[shown] = texts
+            self._shown[shown] = tuple(a.text for a in attempts)
         started = [
             Candidate(path=(n,), prompt_ids=shown, key=key64(*self._sampler.seed, self.problem.key, stream, n))
             for n in range(first, first + num)
@@ -123,6 +125,11 @@ class Policy:
         if self.trace and attempts:
             self.trace.start(started, attempts)
         return started
+
+    def _showing(self, attempts: Sequence[Candidate]) -> tuple[int, ...]:
+        """The prompt that shows these attempts; () for none: the problem's own."""
+        sampler, texts = self._sampler, [a.text for a in attempts]
+        return tuple(prompt_ids(sampler.task, sampler.engine.tokenizer, self.problem, texts)) if texts else ()
 
     def fork(self, candidate: Candidate, num: int) -> list[Candidate]:
         """`num` copies that go on independently."""

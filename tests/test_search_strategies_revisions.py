@@ -114,11 +114,21 @@ def test_attempts_of_one_chain_are_independent_draws():
     assert len(set(texts(result))) == 16
 
 
+def test_the_oldest_attempts_are_left_out_where_an_answer_would_have_no_room():
+    """An attempt takes 23 tokens of the prompt, an answer 21 of the 25 that it may have."""
+    engine = StepEngine(lambda prompt, *_: f"{len(attempts_shown(prompt))}" * 20, max_length=100)
+    verifier = by_score({})
+    result = run_one("revisions(ratio=inf)", 6, engine, verifier, max_new_tokens=25)
+    assert [len(attempts_shown(prompt)) for prompt in prompts(engine)] == [0, 1, 2, 3, 3, 3]
+    assert [len(r.attempts) for r in verifier.log] == [0, 1, 2, 3, 3, 3]
+    assert all(c.complete for c in result.candidates)
+
+
 def test_a_revision_that_outgrows_the_context_ends_alone():
     """A rival loses the whole problem to one overflow."""
-    engine = StepEngine(lambda prompt, *_: f"{len(attempts_shown(prompt))}" * 20, max_length=70)
-    result = run_one("revisions_majority(ratio=inf)", 5, engine, max_new_tokens=25)
-    assert [c.finish for c in result.candidates] == [Finish.EOS] * 3 + [Finish.OVERFLOW] * 2
+    engine = StepEngine(lambda prompt, *_: f"{len(attempts_shown(prompt))}" * 20, max_length=25)
+    result = run_one("revisions_majority(ratio=inf)", 3, engine, max_new_tokens=22)
+    assert [c.finish for c in result.candidates] == [Finish.EOS] + [Finish.OVERFLOW] * 2
     assert result.failed is None
     assert given(result) == "0" * 20
 
