@@ -142,8 +142,8 @@ def eval_command(
 
     Searches are kept under runs/LOOP/eval and reused. JSON rows hold strategy, budget, n, accuracy, se, failed,
     ungraded, gain (points over the better of greedy and majority at the same budget, with a 95 % interval),
-    verifier_gain (the same over best_of_n_weighted), saving (the baseline's FLOPs at equal accuracy over its own),
-    spend (of all problems together) and wall_s.
+    verifier_gain (the same over best_of_n_weighted), saving (the baseline's FLOPs at equal accuracy over its own; null
+    out of its range, more_than where it never gets there), spend (of all problems together) and wall_s.
     """
     from flows import evaluation as module
 

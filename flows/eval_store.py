@@ -26,7 +26,10 @@ from search.strategies import SCORED_VOTES, VOTES, Spec
 from search.types import Budget, Problem, Spend
 
 SHARD_SAMPLES = 4000  # about as many answers are committed together
-_DECIDES = ("strategies", "verifiers", "tasks", "policy.py", "prompts.py", "randomness.py", "run.py", "trace.py")
+_DECIDES = (
+    *("strategies", "verifiers", "tasks"),
+    *("answers.py", "grading.py", "policy.py", "prompts.py", "randomness.py", "run.py"),
+)
 
 
 @dataclass(frozen=True, slots=True)

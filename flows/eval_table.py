@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +24,7 @@ SPENT = {
     "flops_ideal": "FLOPs",
     "flops_actual": "actual",
 }
+LEAST = ("flops_actual", "cached_tokens", "prefilled_tokens", "verifier_tokens")
 _MARKS = {"greedy": "g", "majority": "m"}
 
 
@@ -33,22 +35,36 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
     model = f"{found['model']} on " if "model" in found else ""
     console.print(Text(f"{model}{found['task']}{where}: {found['n']} problems, {found['ungraded']} ungraded"))
     results = found["results"]
-    console.print(_accuracies(found))
-    for line in _legend(results):
+    accuracies = _fitting(_accuracies, found, ("saving", "over weighted"), console)
+    console.print(accuracies)
+    for line in _legend(results, [str(column.header) for column in accuracies.columns]):
         console.print(Text(line, style="dim"))
     if any(r["spend"]["generated_tokens"] for r in results):
         console.print()
-        console.print(_spends(found))
+        console.print(_fitting(_spends, found, LEAST, console))
         console.print(Text("per problem; FLOPs: each distinct token once, actual: as computed", style="dim"))
     for line in _failures(results):
         console.print(Text(line))
 
 
-def _accuracies(found: Mapping[str, Any]) -> Table:
+def _fitting(
+    draw: Callable[[Mapping[str, Any], Sequence[str]], Table],
+    found: Mapping[str, Any],
+    least: Sequence[str],
+    console: Console,
+) -> Table:
+    """On a narrow terminal without the columns that matter least."""
+    tables = (draw(found, least[:num]) for num in range(len(least) + 1))
+    wide = console.options.update(width=1000)
+    widths = ((table, Measurement.get(console, wide, table).maximum) for table in tables)
+    return next((table for table, width in widths if width <= console.width), draw(found, least))
+
+
+def _accuracies(found: Mapping[str, Any], left_out: Sequence[str] = ()) -> Table:
     results: Sequence[Result] = found["results"]
     heads = ["strategy", found.get("unit", "samples"), "accuracy", "gain"]
-    weighted = any(r.get("verifier_gain") for r in results)
-    savings = any(r.get("saving") for r in results)
+    weighted = any(r.get("verifier_gain") for r in results) and "over weighted" not in left_out
+    savings = any(_saving(r).plain for r in results) and "saving" not in left_out
     partial = any(r["n"] < found["n"] for r in results)
     heads += ["over weighted"] * weighted + ["saving"] * savings + ["problems"] * partial
     table = _table(heads)
@@ -60,9 +76,9 @@ def _accuracies(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _spends(found: Mapping[str, Any]) -> Table:
+def _spends(found: Mapping[str, Any], left_out: Sequence[str] = ()) -> Table:
     results: Sequence[Result] = found["results"]
-    shown = [name for name in SPENT if any(r["spend"][name] for r in results)]
+    shown = [name for name in SPENT if name not in left_out and any(r["spend"][name] for r in results)]
     if found.get("unit", "samples") == "samples" and all(
         r["spend"]["samples"] == r["budget"] * r["n"] for r in results
     ):
@@ -108,20 +124,23 @@ def _gain(gain: Mapping[str, Any] | None, *, marked: bool = False) -> Text:
 
 
 def _saving(r: Result) -> Text:
-    value = (r.get("saving") or {}).get("value")
-    return Text("" if value is None else f"{value:.1f} x")
+    found = r.get("saving") or {}
+    if found.get("value") is not None:
+        return Text(f"{found['value']:.1f} x")
+    return Text("" if found.get("more_than") is None else f"> {found['more_than']:.1f} x")
 
 
 def _rounded(value: float) -> float:
     return round(value, 1) if value < 100 else round(value)
 
 
-def _legend(results: Sequence[Result]) -> Iterator[str]:
+def _legend(results: Sequence[Result], heads: Sequence[str]) -> Iterator[str]:
     if any(r.get("gain") for r in results):
-        yield "± 95 %. gain: points over greedy (g) or majority (m), the better of the two at the same budget"
-    if any((r.get("saving") or {}).get("value") is not None for r in results):
-        overs = sorted({r["saving"]["over"] for r in results if (r.get("saving") or {}).get("value") is not None})
-        yield f"saving: FLOPs that {' or '.join(overs)} needs for this accuracy, over its own"
+        yield "± 95 %; gain: points over greedy (g) or majority (m), the better at this budget"
+    overs = {r["saving"]["over"] for r in results if _saving(r).plain}
+    if "saving" in heads:
+        yield f"saving: FLOPs that {min(overs)} needs for this accuracy, over its own"
+        yield "> where it does not get there" + ("; for itself: that majority needs" if len(overs) > 1 else "")
 
 
 def _failures(results: Sequence[Result]) -> Iterator[str]:

@@ -73,14 +73,15 @@ def comparison(found: Mapping[str, Any]) -> Figure:
     costs = [name for name in AXES if any(r["spend"][name] for r in results)] or ["samples"]
     looks = dict(zip(dict.fromkeys(r["strategy"] for r in results), _looks(results), strict=True))
     rows = -(-len(looks) // 4)
-    figure, panels = canvas(3.1 + 0.2 * rows, len(costs), sharey=True)
+    figure, panels = canvas(3.2 + 0.2 * rows, len(costs), sharey=True)
     for axes, cost in zip(panels, costs, strict=True):
         for name, look in looks.items():
             _line(axes, [r for r in results if r["strategy"] == name], cost, look, name)
         axes.set_xscale("log", base=2 if cost == "samples" else 10)
         axes.set_xlabel(f"{AXES[cost]} per problem")
         _ticks(axes, [_cost(r, cost) for r in results], cost)
-    panels[0].set_title(f"Accuracy on {found['n']} problems of {found['task']}, with standard errors")
+    title = f"Accuracy on {found['n']} problems of {found['task']}, with standard errors"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     percent_axis(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, columnspacing=1.6, handlelength=3)

@@ -2,8 +2,8 @@
 
 Gains are paired by problem, with 95 % t intervals (Miller 2024, arXiv 2411.00640). A saving is the baseline's ideal
 FLOPs at equal accuracy over the row's own, by interpolating the baseline's measured curve (Snell et al. 2024 compare
-so); where the curve does not reach the accuracy, or starts above it, there is none. Left out: an interval of the
-saving.
+so); where the curve starts above the accuracy there is none, and where it ends below it only a bound. Left out: an
+interval of the saving.
 """
 
 from __future__ import annotations
@@ -103,20 +103,29 @@ def _any_budget(row: Row) -> float | None:
     return row.budget if row.strategy == "greedy" else None
 
 
-def saving(row: Row, curve: Sequence[Row]) -> float | None:
-    """How many times the row's cost the baseline needs for its accuracy; None out of the curve's range.
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """How many times a row's cost the baseline needs for its accuracy. `value` None: out of the curve's range;
+    `more_than`: where the curve ends below the accuracy, what its most accurate point costs."""
 
-    Interpolates accuracy over the logarithm of the cost, between the curve's neighbours where it first gets there.
-    """
+    value: float | None = None
+    more_than: float | None = None
+
+
+def saving(row: Row, curve: Sequence[Row]) -> Saving:
+    """Interpolates accuracy over the logarithm of the cost, between the neighbours where the curve first gets there."""
     target = row.accuracy.value
     points = sorted((r.cost, r.accuracy.value) for r in curve if r.cost > 0 and r.values)
     if not row.cost or not points or not target >= points[0][1]:
-        return None
+        return Saving()
+    if target == points[0][1]:
+        return Saving(points[0][0] / row.cost)
     for (low_cost, low), (high_cost, high) in itertools.pairwise(points):
         if low <= target <= high:
-            part = (target - low) / (high - low) if high > low else 0.0
-            return math.exp((1 - part) * math.log(low_cost) + part * math.log(high_cost)) / row.cost
-    return points[0][0] / row.cost if len(points) == 1 and points[0][1] == target else None
+            part = (target - low) / (high - low)
+            return Saving(math.exp((1 - part) * math.log(low_cost) + part * math.log(high_cost)) / row.cost)
+    best_cost, _ = max(points, key=lambda point: (point[1], -point[0]))
+    return Saving(more_than=best_cost / row.cost)
 
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> str:
@@ -154,7 +163,8 @@ def _row_json(row: Row, rows: Sequence[Row], points: Sequence[Row]) -> dict[str,
     over = baseline_of(row, rows)
     curve = [r for r in points if r.strategy == over]
     if curve and row.strategy not in (over, "pass"):  # any of k right is no answer that could be given
-        found["saving"] = {"over": over, "value": saving(row, curve)}
+        saved = saving(row, curve)
+        found["saving"] = {"over": over, "value": saved.value, "more_than": saved.more_than}
     return found | {"spend": row.spend.to_json(), "wall_s": None if row.wall_s is None else round(row.wall_s, 3)}
 
 

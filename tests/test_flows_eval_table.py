@@ -68,3 +68,19 @@ def test_a_pool_without_tokens_has_no_table_of_spend():
     text = printed(to_json("math", 50, 0, [row("majority", 4, 0.4, tokens=0, wall_s=None)]))
     assert "generated" not in text
     assert "40.0 %" in text
+
+
+@pytest.mark.parametrize("width", [90, 80, 72])
+def test_a_narrow_terminal_gets_fewer_columns(everything, width):
+    accuracies, _, spends = printed(everything, width).partition("\n\n")
+    assert "…" not in accuracies + spends
+    assert max(map(len, accuracies.splitlines())) <= width
+    assert "actual" not in spends.splitlines()[0]
+    assert "FLOPs" in spends.splitlines()[0]
+    assert "gain" in accuracies.splitlines()[1]
+
+
+def test_a_baseline_that_never_gets_there_bounds_the_saving(everything):
+    lines = printed(everything).splitlines()
+    assert any("> " in line and " x" in line for line in lines)
+    assert any("does not get there" in line for line in lines)

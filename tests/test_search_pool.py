@@ -88,7 +88,8 @@ def test_a_saving_without_tokens_counts_samples(write):
     rows = [row(f"p{i}", "7", ["7", "7", "8", "8"], scores=[0.9, 0.8, 0.1, 0.1]) for i in range(3)]
     document = evaluate_file(write(*rows), "jsonl", [1, 2, 4], grade)
     found = {(r["strategy"], r["budget"]): r for r in document["results"]}
-    assert found["best_of_n_weighted", 1]["saving"] == {"over": "majority", "value": pytest.approx(1.0)}
+    assert found["best_of_n_weighted", 1]["saving"]["over"] == "majority"
+    assert found["best_of_n_weighted", 1]["saving"]["value"] == pytest.approx(1.0)
     assert found["best_of_n_weighted", 4]["saving"]["value"] is None  # no majority is right so often
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from search import stats
-from search.standings import Row, gain, saving, to_json
+from search.standings import Row, Saving, gain, saving, to_json
 from search.types import Spend
 
 
@@ -60,14 +60,16 @@ def test_a_gain_is_over_the_problems_that_both_finished():
 def test_a_saving_is_what_the_baseline_needs_for_the_same_accuracy(accuracy, expected):
     own = row("beam", 4, [1.0] * round(100 * accuracy) + [0.0] * round(100 - 100 * accuracy), 500)
     found = saving(own, curve((100, 0.4), (10, 0.2)))
-    assert found == (None if expected is None else pytest.approx(expected))
+    assert found.value == (None if expected is None else pytest.approx(expected))
+    assert found.more_than == (pytest.approx(100 / 5) if accuracy > 0.4 else None)
 
 
 def test_a_curve_that_falls_is_read_where_it_first_gets_there():
     own = row("beam", 4, [1.0] * 30 + [0.0] * 70, 100)
-    assert saving(own, curve((1, 0.2), (10, 0.4), (100, 0.2), (1000, 0.5))) == pytest.approx(10**0.5)
-    assert saving(own, curve((10, 0.3))) == pytest.approx(10)
-    assert saving(own, []) is None
+    assert saving(own, curve((1, 0.2), (10, 0.4), (100, 0.2), (1000, 0.5))).value == pytest.approx(10**0.5)
+    assert saving(own, curve((10, 0.3))).value == pytest.approx(10)
+    assert saving(own, curve((1, 0.1), (10, 0.25), (100, 0.2))).more_than == pytest.approx(10)  # its best is no dearer
+    assert saving(own, []) == Saving()
 
 
 def test_a_row_without_finished_problems_has_no_figures():
@@ -108,5 +110,5 @@ def test_the_document():
     assert "verifier_gain" not in second
     assert third["verifier_gain"]["over"] == "best_of_n_weighted"
     assert third["verifier_gain"]["value"] == -0.5
-    assert third["saving"] == {"over": "best_of_n_weighted", "value": None}
+    assert third["saving"] == {"over": "best_of_n_weighted", "value": None, "more_than": None}
     assert third["wall_s"] is None
