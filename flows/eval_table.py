@@ -116,7 +116,7 @@ def _gain(gain: Mapping[str, Any] | None, *, marked: bool = False) -> Text:
     """In points, with its 95 % interval; bold where that leaves 0 out."""
     if gain is None:
         return Text("")
-    text = f"{100 * gain['value']:+.1f}"
+    text = f"{round(100 * gain['value'], 1) + 0.0:+.1f}"
     sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
     text += "" if gain["low"] is None else f" ± {50 * (gain['high'] - gain['low']):4.1f}"
     mark = f" {_MARKS.get(gain['over'], '')}" if marked else ""
@@ -139,7 +139,8 @@ def _legend(results: Sequence[Result], heads: Sequence[str]) -> Iterator[str]:
         yield "± 95 %; gain: points over greedy (g) or majority (m), the better at this budget"
     overs = {r["saving"]["over"] for r in results if _saving(r).plain}
     if "saving" in heads:
-        yield f"saving: FLOPs that {min(overs)} needs for this accuracy, over its own"
+        cost = "FLOPs" if any(r["spend"]["flops_ideal"] for r in results) else "samples"
+        yield f"saving: {cost} that {min(overs)} needs for this accuracy, over its own"
         yield "> where it does not get there" + ("; for itself: that majority needs" if len(overs) > 1 else "")
 
 

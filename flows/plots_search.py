@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,7 +78,7 @@ def comparison(found: Mapping[str, Any]) -> Figure:
             _line(axes, [r for r in results if r["strategy"] == name], cost, look, name)
         axes.set_xscale("log", base=2 if cost == "samples" else 10)
         axes.set_xlabel(f"{AXES[cost]} per problem")
-        _ticks(axes, [_cost(r, cost) for r in results], cost)
+        _ticks(axes, [_cost(r, cost) for r in results], cost, wide=len(costs) == 1)
     title = f"Accuracy on {found['n']} problems of {found['task']}, with standard errors"
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     percent_axis(panels[0])
@@ -106,16 +105,16 @@ def _cost(row: Result, cost: str) -> float:
     return row["spend"][cost] / max(1, row.get("n") or 1)
 
 
-def _ticks(axes: Axes, costs: Sequence[float], cost: str) -> None:
-    """Few, in plain numbers: powers of 4, or of 10 with 3 between."""
+def _ticks(axes: Axes, costs: Sequence[float], cost: str, *, wide: bool) -> None:
+    """Few, in plain numbers: powers of 2 or 4, or of 10 with 3 between."""
     known = [c for c in costs if c > 0]
     if not known:
         return
     low, high = min(known) / 1.15, max(known) * 1.15
-    bases = [4.0**i for i in range(12)] if cost == "samples" else [d * 10.0**i for i in range(30) for d in (1, 3)]
+    bases = [2.0**i for i in range(24)] if cost == "samples" else [d * 10.0**i for i in range(30) for d in (1, 3)]
     ticks = [b for b in bases if low <= b <= high]
-    if cost != "samples" and len(ticks) > 4:
-        ticks = [t for t in ticks if math.log10(t) == round(math.log10(t))]
+    if len(ticks) > 4 and not (wide and cost == "samples"):
+        ticks = [t for t in ticks if t in bases[::2]]
     axes.set_xticks(ticks, [count(t) for t in ticks])
     axes.minorticks_off()
     axes.set_xlim(low, high)

@@ -96,7 +96,8 @@ def gain(row: Row, rows: Sequence[Row], over: Sequence[str]) -> Gain | None:
     if not keys:
         return None
     found = stats.paired_difference([best.values[key] for key in keys], [row.values[key] for key in keys])
-    return Gain(best.strategy, found.mean, found.low, found.high, found.n)
+    mean, low, high = (round(value, 12) + 0.0 for value in (found.mean, found.low, found.high))  # equal is no gain
+    return Gain(best.strategy, mean, low, high, found.n)
 
 
 def _any_budget(row: Row) -> float | None:

@@ -29,13 +29,8 @@ def test_a_gain_is_paired_over_the_strongest_plain_baseline_at_the_same_budget()
     beam = row("beam", 4, [1, 1, 1, 0])
     found = gain(beam, [greedy, majority, better, beam], ("greedy", "majority"))
     expected = stats.paired_difference([1, 1, 0, 0], [1, 1, 1, 0])
-    assert (found.over, found.value, found.low, found.high, found.n) == (
-        "majority",
-        expected.mean,
-        expected.low,
-        expected.high,
-        4,
-    )
+    assert (found.over, found.n) == ("majority", 4)
+    assert [found.value, found.low, found.high] == pytest.approx([expected.mean, expected.low, expected.high])
     assert gain(greedy, [greedy, row("majority", 1, [0, 0, 0, 0])], ("greedy", "majority")) is None  # the strongest
     assert gain(beam, [beam], ("greedy", "majority")) is None
 
