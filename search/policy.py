@@ -343,7 +343,7 @@ class Scorer:
                 f"problem '{key}': the verifier returned {len(scored.scores)} scores for {expected} steps; check its "
                 "step separator"
             )
-        if bad := [s for s in scored.scores if not (math.isfinite(s) and -1e-6 <= s <= 1 + 1e-6)]:
+        if bad := [s for s in scored.scores if not -1e-6 <= s <= 1 + 1e-6]:  # NaN is none either
             raise VerifierError(f"problem '{key}': the verifier returned the score {bad[0]}, which is not in 0..1")
 
     def _charge(self, read: _Read, scored: Scored) -> None:

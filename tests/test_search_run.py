@@ -256,6 +256,28 @@ def test_the_cap_holds_over_all_shards_and_what_is_finished_is_written(tmp_path,
     assert all(r.candidates == whole[r.problem.key].with_candidates(r.candidates).candidates for r in stored)
 
 
+def test_what_the_unfinished_of_a_shard_cost_is_not_spent_again_in_the_next(tmp_path):
+    """Six problems begin side by side and one of them ends: the tokens of the others are gone too."""
+    for cap in range(60, 400, 20):
+        engine = StepEngine(lambda *_: "AB")
+        strategy = "adaptive_majority(batch=1, certainty=1, samples=30)"
+        sampler = sampler_of(engine, max_new_tokens=10)
+        plan = parse(strategy).plan(Budget("samples", 30))
+        run_shards(PROBLEMS, plan, sampler, tmp_path / str(cap), shard_problems=6, max_tokens=cap)
+        assert sum(len(c.ids) for _, c in engine.log) <= cap
+
+
+def test_the_cap_counts_what_an_interrupted_attempt_finished(tmp_path):
+    with pytest.raises(EngineError):
+        shards(ShuffledStream(chain_engine(0.8), 0, num_answers=60), tmp_path, size=20, strategy="majority")
+    kept = sum(r.spend.generated_tokens for r in read_partial(tmp_path / "shard-00000.partial"))
+    assert kept > 0
+    plain = chain_engine(0.8)
+    spend = shards(ShuffledStream(plain, 1), tmp_path, size=20, strategy="majority", max_tokens=kept + 300)
+    assert 0 < sum(len(c.ids) for _, c in plain.log) <= 300
+    assert kept < spend.generated_tokens <= kept + 300
+
+
 def test_a_cap_that_was_met_stays_met_when_run_again(tmp_path):
     shards(chain_engine(0.8), tmp_path, max_tokens=600)
     before = content(tmp_path)
