@@ -173,13 +173,15 @@ def outcomes(cell: Cell, spec: Spec, order: Mapping[str, int]) -> Outcomes:
     if len(found.solved) == len(order):
         accuracy = found.accuracy
         row = {"accuracy": accuracy.value, "se": accuracy.se, "n": accuracy.n, "ungraded": found.num_ungraded}
-        row |= {"failures": found.failures, "spend": found.spend.to_json(), "solved": dict(found.solved)}
+        row |= {"failures": found.failures, "approximate": found.approximate}
+        row |= {"spend": found.spend.to_json(), "solved": dict(found.solved)}
         atomic_write(path, json.dumps(row) + "\n")
     return found
 
 
 def _outcomes_of(row: Mapping[str, Any]) -> Outcomes:
-    return Outcomes(row["solved"], row["ungraded"], Spend(**row["spend"]), tuple(row["failures"]))
+    spend = Spend(**row["spend"])
+    return Outcomes(row["solved"], row["ungraded"], spend, tuple(row["failures"]), row.get("approximate", False))
 
 
 def figures(

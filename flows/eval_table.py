@@ -43,6 +43,8 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
         console.print()
         console.print(_fitting(_spends, found, LEAST, console))
         console.print(Text("per problem; FLOPs: each distinct token once, actual: as computed", style="dim"))
+    if any(r.get("approximate") for r in results):
+        console.print(Text("approximate: the engine does not return its token ids, so prefixes may differ from them"))
     for line in _failures(results):
         console.print(Text(line))
 

@@ -169,8 +169,10 @@ class _Searches:
 
     @property
     def cells(self) -> list[Cell]:
-        """In the order in which they are done: a block of samples before its scores."""
-        return [*dict.fromkeys(self._cells.values()), *self._blocks, *self._scores]
+        """In the order in which they are done: samples before their scores, the pool of the baselines before what is
+        compared with it, cheap searches before dear ones, so that a cap leaves what can be compared."""
+        searched = sorted(dict.fromkeys(self._cells.values()), key=lambda cell: cell.weight)
+        return [*self._blocks, *self._scores, *searched]
 
     def rows(self, order: Mapping[str, int]) -> tuple[list[Row], list[Row], int]:
         """A row for each item; more points of the baselines' curves; ungraded answers."""
@@ -186,7 +188,7 @@ class _Searches:
             num_ungraded += found.num_ungraded
             solved = {key: float(value) for key, value in found.solved.items()}
             spent = (found.spend, found.num_ungraded, found.failures, cell.wall_s())
-            rows.append(Row(name, amount, solved, *spent, verified=item.scored))
+            rows.append(Row(name, amount, solved, *spent, verified=item.scored, approximate=found.approximate))
         curves = [row for (name, _), row in pooled.items() if name in (*PLAIN, WEIGHTED) and row.values]
         return rows, curves, num_ungraded
 

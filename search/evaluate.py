@@ -46,6 +46,7 @@ class Pool:
     num_prompt_tokens: int = 0  # computed once, however many samples follow
     failed: str | None = None  # why nothing could be drawn
     unscored: str | None = None  # why the verifier's scores cannot be used
+    approximate: bool = False
 
     @property
     def scored(self) -> bool:
@@ -61,6 +62,7 @@ class Outcomes:
     num_ungraded: int
     spend: Spend
     failures: tuple[str, ...] = ()  # the reasons of the problems that failed; they are not solved
+    approximate: bool = False  # some engine could not return its token ids
 
     @property
     def accuracy(self) -> Estimate:
@@ -80,6 +82,7 @@ class PoolFigures:
     spends_K: Mapping[bool, tuple[Spend, ...]]  # what k samples of every problem cost, without and with their scores
     failures: tuple[str, ...] = ()  # reasons of the problems of which nothing could be drawn
     unscored: tuple[str, ...] = ()  # reasons of those whose scores cannot be used; not solved by rules that need them
+    approximate: bool = False
 
     def estimate(self, rule: str, k: int) -> Estimate:
         return stats.mean_estimate(self.values_P_K[rule][:, self.ks.index(k)])
@@ -127,6 +130,7 @@ def reduce_pool(result: SearchResult) -> Pool:
         num_prompt_tokens=len(result.prompt_ids),
         failed=None if drawn else result.failed,
         unscored=result.failed if drawn else None,
+        approximate=result.approximate,
     )
 
 
@@ -138,9 +142,10 @@ def read_outcomes(paths: Paths, rule: Rule | None = None) -> Outcomes:
     """
     by_key: dict[str, bool] = {}
     failures: list[str] = []
-    num_ungraded, spend = 0, Spend()
+    num_ungraded, spend, approximate = 0, Spend(), False
     for result in read_results(paths):
         _refuse_twice(result.problem.key, by_key)
+        approximate |= result.approximate
         index = result.selected if rule is None or result.failed else rule(result.candidates)
         chosen = None if index is None else result.candidates[index]
         by_key[result.problem.key] = chosen is not None and not result.failed and solved(chosen)
@@ -148,7 +153,7 @@ def read_outcomes(paths: Paths, rule: Rule | None = None) -> Outcomes:
         num_ungraded += not by_key[result.problem.key] and any(map(ungraded, looked_at))
         failures += [result.failed] if result.failed else []
         spend += result.spend
-    return Outcomes(by_key, num_ungraded, spend, tuple(failures))
+    return Outcomes(by_key, num_ungraded, spend, tuple(failures), approximate)
 
 
 def _refuse_twice(key: str, seen: Mapping[str, object]) -> None:
@@ -188,6 +193,7 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
     num_ungraded, spend, smallest = 0, Spend(), None
     failures: list[str] = []
     unscored: list[str] = []
+    approximate = False
     spends = {scored: np.zeros((len(ks), len(_COUNTS))) for scored in (False, True)}
     for pool in pools:
         _refuse_twice(pool.key, counts)
@@ -197,6 +203,7 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
         spend += pool.spend
         failures += [pool.failed] if pool.failed else []
         unscored += [pool.unscored] if pool.unscored else []
+        approximate |= pool.approximate
         if num < max(ks) and not pool.failed:
             smallest = min(smallest or (num, pool.key), (num, pool.key))
             continue
@@ -214,7 +221,16 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
     arrays = {rule: np.array(rows, dtype=np.float64) for rule, rows in values.items()}
     spends_K = {scored: tuple(map(_rounded, spent)) for scored, spent in spends.items()}
     return PoolFigures(
-        tuple(counts), tuple(ks), arrays, counts, num_ungraded, spend, spends_K, tuple(failures), tuple(unscored)
+        keys=tuple(counts),
+        ks=tuple(ks),
+        values_P_K=arrays,
+        counts=counts,
+        num_ungraded=num_ungraded,
+        spend=spend,
+        spends_K=spends_K,
+        failures=tuple(failures),
+        unscored=tuple(unscored),
+        approximate=approximate,
     )
 
 

@@ -39,6 +39,7 @@ class Row:
     failures: tuple[str, ...] = ()  # a reason for each problem that failed
     wall_s: float | None = None
     verified: bool = False  # it needs a verifier
+    approximate: bool = False  # the engine could not return its token ids
 
     @property
     def accuracy(self) -> Estimate:
@@ -80,6 +81,7 @@ def pool_rows(figures: PoolFigures, names: Mapping[str, str], wall_s: Mapping[bo
                     figures.failures + (figures.unscored if scored else ()),
                     wall_s[scored] * share if wall_s else None,
                     verified=scored,
+                    approximate=figures.approximate,
                 )
             )
     return rows
@@ -159,6 +161,8 @@ def _row_json(row: Row, rows: Sequence[Row], points: Sequence[Row]) -> dict[str,
     }
     if row.failures:
         found["failed_reason"] = Counter(row.failures).most_common(1)[0][0]
+    if row.approximate:
+        found["approximate"] = True
     if row.verified and row.strategy != WEIGHTED:
         found["verifier_gain"] = _gain_json(gain(row, rows, (WEIGHTED,)))
     over = baseline_of(row, rows)

@@ -84,3 +84,12 @@ def test_a_baseline_that_never_gets_there_bounds_the_saving(everything):
     lines = printed(everything).splitlines()
     assert any("> " in line and " x" in line for line in lines)
     assert any("does not get there" in line for line in lines)
+
+
+def test_an_engine_without_token_ids_is_told():
+    values = {"a": 1.0}
+    rows = [Row("greedy", 1, values, Spend(samples=1), approximate=True), Row("majority", 1, values, Spend(samples=1))]
+    found = to_json("math", 1, 0, rows)
+    assert found["results"][0]["approximate"]
+    assert "approximate: the engine" in printed(found)
+    assert "approximate" not in printed(to_json("math", 1, 0, rows[1:]))
