@@ -9,7 +9,7 @@ import pytest
 from configs import load
 from flows import eval_run, evaluation
 from flows.evaluation import Request, evaluate_model, plan
-from search.errors import BudgetError, ConfigError, LockedError
+from search.errors import BudgetError, ConfigError, EngineError, LockedError
 from search.results import read_results
 from search.types import VerifierFacts
 
@@ -277,6 +277,29 @@ def test_an_interrupted_evaluation_goes_on(run, searched, tmp_path, monkeypatch)
     assert searched == [("beam(width=2) @ 4", 18)]
     assert shard.read_text() == kept
     assert [r["accuracy"] for r in again["results"]] == [r["accuracy"] for r in whole["results"]]
+
+
+def test_a_streaming_engine_that_dies_loses_nothing_that_was_finished(run, searched, tmp_path, monkeypatch):
+    from tests import engine_zoo
+
+    load_engine = eval_run.load_engine
+    request = Request((4,), "majority,beam(width=2)")
+    monkeypatch.setattr(
+        eval_run, "load_engine", lambda *a, **m: engine_zoo.DyingStream(engine_zoo.Trickle(load_engine(*a, **m)), 200)
+    )
+    with pytest.raises(EngineError, match="the engine died"):
+        run(request, noise=0.1)
+    (partial,) = (tmp_path / "mine" / "eval").glob("*/*.partial")
+    kept = len(partial.read_text().splitlines())
+    assert 0 < kept < 30
+    del searched[:]
+    monkeypatch.setattr(eval_run, "load_engine", lambda *a, **m: engine_zoo.Trickle(load_engine(*a, **m)))
+    resumed = run(request, noise=0.1)
+    assert sum(num for _, num in searched) == 30 - kept
+    assert not list((tmp_path / "mine" / "eval").glob("*/*.partial"))
+    monkeypatch.setattr(eval_run, "load_engine", load_engine)
+    whole = run(Request((4,), request.strategies, fresh=True), noise=0.1)
+    assert [r["accuracy"] for r in resumed["results"]] == [r["accuracy"] for r in whole["results"]]
 
 
 def test_two_evaluations_of_a_loop_do_not_run_at_once(run, tmp_path, monkeypatch):
