@@ -31,7 +31,7 @@ def gold(candidates: Sequence[Candidate]) -> int | None:
 
 
 def majority(candidates: Sequence[Candidate]) -> int | None:
-    """Index of the first candidate with the most frequent answer; None where nobody has an answer."""
+    """Index of the candidate with the most frequent answer, its best-scored or first one; None where nobody has one."""
     return _heaviest(candidates, voters(candidates), lambda c: 1.0)
 
 
