@@ -116,9 +116,14 @@ class Saving:
 
 
 def saving(row: Row, curve: Sequence[Row]) -> Saving:
-    """Interpolates accuracy over the logarithm of the cost, between the neighbours where the curve first gets there."""
-    target = row.accuracy.value
-    points = sorted((r.cost, r.accuracy.value) for r in curve if r.cost > 0 and r.values)
+    """Interpolates accuracy over the logarithm of the cost, between the neighbours where the curve first gets there.
+
+    Accuracies are over the problems that all have finished.
+    """
+    rows = [r for r in curve if r.cost > 0 and r.values]
+    keys = [key for key in row.values if all(key in r.values for r in rows)]
+    target = _accuracy(row, keys)
+    points = sorted((r.cost, _accuracy(r, keys)) for r in rows)
     if not row.cost or not points or not target >= points[0][1]:
         return Saving()
     if target == points[0][1]:
@@ -129,6 +134,10 @@ def saving(row: Row, curve: Sequence[Row]) -> Saving:
             return Saving(math.exp((1 - part) * math.log(low_cost) + part * math.log(high_cost)) / row.cost)
     best_cost, _ = max(points, key=lambda point: (point[1], -point[0]))
     return Saving(more_than=best_cost / row.cost)
+
+
+def _accuracy(row: Row, keys: Sequence[str]) -> float:
+    return stats.mean_estimate([row.values[key] for key in keys]).value
 
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> str:

@@ -67,6 +67,12 @@ def test_a_curve_that_falls_is_read_where_it_first_gets_there():
     assert saving(own, []) == Saving()
 
 
+def test_a_saving_is_over_the_problems_that_all_have_finished():
+    own = row("beam", 4, {"easy": 1.0}, 10)  # the hard one met the cap
+    low, high = row("majority", 1, {"easy": 1.0, "hard": 0.0}, 20), row("majority", 4, {"easy": 1.0, "hard": 1.0}, 80)
+    assert saving(own, [low, high]).value == pytest.approx(1.0)
+
+
 def test_a_row_without_finished_problems_has_no_figures():
     rows = [row("greedy", 1, [1, 0]), row("beam", 4, {}, verified=True), row("majority", 4, [1, 0])]
     document = json.loads(json.dumps(to_json("countdown", 2, 0, rows), allow_nan=False))
