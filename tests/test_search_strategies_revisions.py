@@ -96,6 +96,13 @@ def test_a_window_of_one_shows_the_last_attempt_alone():
     assert [attempts_shown(prompt) for prompt in prompts(engine)] == [[], ["1"], ["2"], ["3"]]
 
 
+def test_an_attempt_that_ends_in_a_newline_is_shown_like_any_other():
+    engine = StepEngine(lambda prompt, written, *_: "" if written else "A\n")
+    result = run_one("revisions_majority(ratio=inf)", 2, engine)
+    assert texts(result) == ["A\n", "A\n"]
+    assert prompts(engine) == ["q", "qA\n\nq"]
+
+
 def test_an_attempt_that_was_cut_off_is_not_shown():
     def script(prompt, *_):
         shown = attempts_shown(prompt)
