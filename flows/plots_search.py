@@ -98,7 +98,7 @@ def _line(axes: Axes, rows: Sequence[Result], cost: str, look: Look, name: str) 
         axes.vlines(x, low, high, color=look.colour, linewidth=1)
         style["linestyle"] = "none"
     axes.fill_between(x, low, high, color=look.colour, alpha=0.13, linewidth=0)
-    axes.plot(x, y, linewidth=1.4, label=label, zorder=3, **style)
+    axes.plot(x, y, linewidth=1.4, label=label, zorder=4 if look.dash == DOTTED else 3, **style)
 
 
 def _cost(row: Result, cost: str) -> float:

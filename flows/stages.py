@@ -160,6 +160,7 @@ class _Done:
     samples: float = 0
     tokens: float = 0
     steps: float = 0
+    problems: int = 0
 
 
 def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -> Spend:
@@ -171,7 +172,8 @@ def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -
 
     def report(index: int, row: dict[str, Any]) -> None:
         done[index] = _Done(**row)
-        info = {"tokens": sum(d.tokens for d in done)}
+        problems = f"{sum(d.problems for d in done)}/{sum(len(job.problems) for job in jobs)}"
+        info: dict[str, Any] = {"tokens": sum(d.tokens for d in done), "problems": problems}
         if any(job.stepwise for job in jobs):
             info["steps"] = sum(d.steps for d in done)
         context.progress(sum(d.samples for d in done), total, **info)
@@ -213,7 +215,12 @@ def _run_job(
 
     def progress(num_problems: int, _: int, *, tokens: int, steps: int) -> None:
         nonlocal now
-        now = _Done(before.samples + num_problems * job.samples_each, before.tokens + tokens, before.steps + steps)
+        now = _Done(
+            before.samples + num_problems * job.samples_each,
+            before.tokens + tokens,
+            before.steps + steps,
+            before.problems + num_problems,
+        )
         tell(now)
 
     spend = run_shards(
