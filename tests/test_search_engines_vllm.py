@@ -133,6 +133,8 @@ def test_a_shared_prefix_is_computed_once(engine) -> None:
         assert found.prefilled_tokens == 70 - 2 * BLOCK
     grown = engine.extend([replace(asked[0], prefix=prefix + (7,) * 40)])[0]
     assert (grown.prefilled_tokens, grown.cached_tokens) == (110 - 2 * BLOCK, 2 * BLOCK)
+    engine.reset()
+    assert engine.extend(asked[:1])[0] == first
 
 
 # ---------------------------------------------------------------- fed while it works
@@ -311,6 +313,11 @@ def main():
             finished += len(engine.collect())
     except EngineError as error:
         print("finished", finished, "error", error, flush=True)
+    for again in (engine.reset, lambda: engine.submit(asked), engine.collect):
+        try:
+            again()
+        except EngineError:
+            print("ended", flush=True)
     engine.close()
 
 if __name__ == "__main__":
@@ -342,6 +349,7 @@ def test_a_core_in_its_own_process(tmp_path: Path, vllm_folder: Path, killed: st
         assert int(told[5]) >= 1
         assert "its process died" in ran.stdout
         assert "engine.max_num_seqs" in ran.stdout
+        assert told.count("ended") == 3 + 1
 
 
 def wait_for_end(pid: int) -> None:

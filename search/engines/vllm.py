@@ -41,7 +41,8 @@ ENVIRONMENT = {  # unless the user says otherwise
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_WAIT_POLICY": "PASSIVE",  # of its own process: spinning threads collapse when others want the cores
+    "GOMP_SPINCOUNT": "0",
 }
 WAY_OUT = (
     "what was finished is kept: run the command again. Where no line above says why, it had too little memory: lower "
@@ -60,7 +61,7 @@ class _Flying:
 
 
 class VllmEngine(Streaming):
-    """Implements search.types.StreamingEngine.
+    """Implements search.types.StreamingEngine and CachingEngine.
 
     `threads`: of one process on CPUs. `devices`: the GPUs it may use, as CUDA_VISIBLE_DEVICES names them; None: all.
     Raises ModelError where the model cannot be loaded, ConfigError where vLLM is missing, EngineError where it does
@@ -112,7 +113,7 @@ class VllmEngine(Streaming):
                 continue
             if self._dead is not None:
                 raise self._dead
-            self._flying[ticket] = _Flying(self._add(ticket, request), request)
+            self._add(ticket, request)
         return tickets
 
     def cancel(self, tickets: Sequence[int]) -> None:
@@ -131,6 +132,16 @@ class VllmEngine(Streaming):
             prefilled = 0 if state.is_prefilling else len(flying.request.prefix) - cached
             self._finished.append((ticket, Continuation(ids, Finish.CANCELLED, prefilled, cached)))
         self._llm.abort_request(names, internal=True)
+
+    def reset(self) -> None:
+        """Forget every prefix. Raises EngineError where vLLM has ended."""
+        assert self._llm is not None, "the engine was closed"
+        if self._dead is not None:
+            raise self._dead
+        try:
+            self._llm.reset_prefix_cache()
+        except Exception as error:
+            raise self._ended(error) from error
 
     def close(self) -> None:
         """End vLLM and free its memory."""
@@ -152,9 +163,7 @@ class VllmEngine(Streaming):
             try:
                 outputs = self._llm.step()
             except Exception as error:  # noqa: BLE001 - whatever ends vLLM: it cannot be used any more
-                cause = _told(error, self._diary)
-                self._dead = EngineError(f"vLLM ended in the middle ({_sentence(cause)}); {WAY_OUT}")
-                self._dead.__cause__ = cause
+                self._ended(error)
                 break
             for output in outputs:
                 ticket = int(output.request_id)
@@ -164,11 +173,26 @@ class VllmEngine(Streaming):
         found, self._finished = self._finished, []
         return found
 
-    def _add(self, ticket: int, request: Request) -> str:
+    def _add(self, ticket: int, request: Request) -> None:
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
 
-        prompt = tokens_input(list(request.prefix))
-        return self._llm.add_request(str(ticket), prompt, self._parameters(request), lora_request=self._lora)
+        prompt, parameters = tokens_input(list(request.prefix)), self._parameters(request)
+        try:
+            name = self._llm.add_request(str(ticket), prompt, parameters, lora_request=self._lora)
+        except VLLMClientError:
+            self._finished.append((ticket, Continuation((), Finish.ERROR)))
+        except Exception as error:
+            raise self._ended(error) from error
+        else:
+            self._flying[ticket] = _Flying(name, request)
+
+    def _ended(self, error: Exception) -> EngineError:
+        """Note that vLLM cannot be used any more, and why."""
+        cause = _told(error, self._diary)
+        self._dead = EngineError(f"vLLM ended in the middle ({_sentence(cause)}); {WAY_OUT}")
+        self._dead.__cause__ = cause
+        return self._dead
 
     def _parameters(self, request: Request) -> Any:
         """vLLM's sampling parameters. Raises ConfigError for a temperature it does not take."""
@@ -337,11 +361,15 @@ def _watch(client: Any) -> None:
     """A core that is killed (by the kernel, for its memory) leaves vLLM's client waiting for ever: tell it."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    sentinels, outputs = client.resources.engine_manager.sentinels(), client.outputs_queue
+    sentinels = client.resources.engine_manager.sentinels()
+    outputs, calls = client.outputs_queue, client.utility_results
 
     def tell() -> None:
         connection.wait(sentinels)
         outputs.put_nowait(EngineDeadError())
+        for call in list(calls.values()):
+            if not call.done():
+                call.set_exception(EngineDeadError())
 
     threading.Thread(target=tell, name="vllm-core-watch", daemon=True).start()
 
