@@ -28,11 +28,11 @@ def seconds(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A count in few digits: "950", "48.2 k", "1.30 M", "2.1e12"."""
+    """A count in few digits: "9.51", "950", "48.2 k", "1.3 M", "2.1 T"."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
-    return f"{value:g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def harmless(text: str) -> str:
