@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from flows.eval_store import Cell, count_lines
+from flows.eval_store import Cell, count_lines, fitted
+from flows.stages import write_json
 from search import answers
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
@@ -28,6 +29,7 @@ from search.scheduler import Searching, Tick, run_together
 from search.sets import read_problems
 from search.strategies import parse
 from search.tasks import load_task
+from search.thresholds import fit_threshold, needs_fit, with_threshold
 from search.types import Budget, Candidate, Problem, SearchResult, StreamingEngine, Verifier
 from search.verifiers import load_verifier
 
@@ -67,6 +69,9 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
     problems = read_problems(inputs["request"] / "problems.jsonl")
     cells = [Cell.from_json(row) for row in request["cells"]]
     num = num_processes(config)
+    unfitted = [c for c in cells if c.strategy and needs_fit(parse(c.strategy)) and fitted(c) is None]
+    if unfitted:
+        fork_map(functools.partial(_fit_all, config, inputs, request["split"], unfitted), 1, lambda *_: None)
     shards = shards_of(cells, len(problems))
     total, all_problems = sum(s.weight for s in shards), sum(s.end - s.start for s in shards)
     states = [Done() for _ in range(num)]
@@ -93,6 +98,24 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
         engine.close()
 
     fork_map(work, num, report)
+
+
+def _fit_all(
+    config: Config, inputs: Mapping[str, Path], split: str, cells: Sequence[Cell], index: int, tell: Report
+) -> None:
+    """Fit the thresholds of these cells, each on the same problems, and leave them in the cells' folders."""
+    task = load_task(config)
+    problems = read_problems(inputs["request"] / "fit.jsonl")
+    engine = load_engine(config, policy_path(inputs["policy"]), task)
+    seed = (config.loop.seed, "evaluate", f"fit-{split}")
+    sampler = Sampler(engine, task, config.sampling.temperature, config.sampling.max_new_tokens, seed)
+    verifier = load_verifier(config, task)
+    assert verifier is not None, "a strategy with a threshold was planned without a verifier"
+    for cell in cells:
+        spec, tried = fit_threshold(parse(cell.strategy), cell.budget, problems, sampler, verifier)
+        row = {"threshold": spec.options["threshold"], "tried": [asdict(one) for one in tried]}
+        write_json(cell.folder / "fit.json", row)
+    engine.close()
 
 
 def shards_of(cells: Sequence[Cell], num_problems: int) -> list[Shard]:
@@ -214,7 +237,10 @@ def plan_of(cell: Cell, verifier: Verifier | None) -> Plan:
     if not cell.strategy:
         name = f"pool({cell.amount:g})" if not cell.first else f"pool({cell.first}+{cell.amount:g})"
         return Plan(name, functools.partial(_block, first=cell.first), cell.budget, answers.majority)
-    return parse(cell.strategy).plan(cell.budget, verifier.facts if verifier and cell.verified else None)
+    spec, threshold = parse(cell.strategy), fitted(cell)
+    if threshold is not None:
+        spec = with_threshold(spec, threshold)
+    return spec.plan(cell.budget, verifier.facts if verifier and cell.verified else None)
 
 
 async def _block(

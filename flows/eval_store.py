@@ -164,6 +164,12 @@ class Store:
 # ---------------------------------------------------------------- reading
 
 
+def fitted(cell: Cell) -> float | None:
+    """The threshold that was fitted for a cell's strategy; None: there is none."""
+    path = cell.folder / "fit.json"
+    return json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None
+
+
 def outcomes(cell: Cell, spec: Spec, order: Mapping[str, int]) -> Outcomes:
     """What a strategy's search came to, under its rule. Of a complete one the outcomes are kept."""
     path = cell.folder / ("result.json" if spec.vote is None else f"result-{spec.vote}.json")

@@ -36,9 +36,11 @@ from search.sets import read_problems, write_problems
 from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
 from search.strategies import SCORED_VOTES, Spec, parse, parse_list
 from search.tasks import load_task
+from search.thresholds import needs_fit, with_threshold
 from search.types import Budget, Problem, Spend, Task, VerifierFacts
 from search.verifiers import load_verifier
 
+NUM_FIT = 100  # problems on which a threshold is fitted
 ALWAYS = ("greedy", "pass", "majority")
 WITH_VERIFIER = ("best_of_n", "best_of_n_weighted")
 WITH_STEP_SCORES = ("beam", "dvts", "rebase", "step_rejection")
@@ -96,7 +98,8 @@ def evaluate_model(
     with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
         store = Store(root, config, policy, split, problems, num_processes(config))
         searches = _Searches(store, items, verifier.facts.fingerprint if verifier else None)
-        _search(config, policy, split, problems, searches.cells, request)
+        fit = _problems(task, "fit", NUM_FIT, runs_dir / config.loop.name)
+        _search(config, policy, split, problems, fit, searches.cells, request)
         rows, curves, num_ungraded = searches.rows({p.key: i for i, p in enumerate(problems)})
     _tell_unfinished(rows, len(problems), request.max_tokens)
     found = to_json(task.name, len(problems), num_ungraded, rows, curves)
@@ -125,7 +128,7 @@ def plan(request: Request, facts: VerifierFacts | None) -> list[Item]:
             unit = "samples" if chosen.name == "greedy" else request.unit
             budget = Budget(unit, amount)  # pyright: ignore[reportArgumentType]
             try:
-                chosen.plan(budget, facts)
+                (with_threshold(chosen, 0.5) if needs_fit(chosen) else chosen).plan(budget, facts)
             except BudgetError as error:
                 refused = error
                 print(f"left out: {chosen.text} at {amount:g}: {error}", file=sys.stderr)
@@ -215,10 +218,11 @@ def _search(
     policy: Path,
     split: str,
     problems: Sequence[Problem],
+    fit: Sequence[Problem],
     cells: Sequence[Cell],
     request: Request,
 ) -> None:
-    """Do what the cells lack; their folders hold it then."""
+    """Do what the cells lack; their folders hold it then. `fit`: problems on which thresholds are fitted."""
     if request.fresh:
         eval_store.forget(cells)
     lacking = [cell for cell in cells if cell.num_stored() < len(problems)]
@@ -231,11 +235,18 @@ def _search(
         wanted = {"split": split, "max_tokens": request.max_tokens, "cells": [cell.to_json() for cell in lacking]}
         write_json(folder / "request.json", wanted)
         write_problems(problems, folder / "problems.jsonl")
+        if any(needs_fit(parse(cell.strategy)) for cell in lacking if cell.strategy):
+            if not fit:
+                raise DataError("threshold=fit needs problems of the fit split, and there are none: give a number")
+            write_problems(fit, folder / "fit.jsonl")
         out = cells[0].folder.parent
         call = StageCall("sample", 0, None, config, {"policy": policy, "request": folder}, out, heavy=True, look=1)
         what = f"{len(problems)} problems, {len(lacking)} searches"
         with signals_end_children(), Stages(config) as stages, _bar(what) as progress:
             stages(call, progress)
+    for cell in lacking:
+        if (threshold := eval_store.fitted(cell)) is not None:
+            print(f"{cell.name}: threshold {threshold:g}, fitted on {len(fit)} other problems", file=sys.stderr)
 
 
 def sample(context: Context, inputs: Inputs, out: Path) -> None:
@@ -322,7 +333,7 @@ def find_model(config: Config, runs_dir: Path, model: str) -> Path:
     return place
 
 
-def _problems(task: Task, split: Literal["validation", "test"], num: int, loop: Path) -> list[Problem]:
+def _problems(task: Task, split: Literal["validation", "test", "fit"], num: int, loop: Path) -> list[Problem]:
     """The first problems of the split. Of a file, those held out in round 0: rows appended later were trained on."""
     frozen = loop / "round-000" / "problems" / f"{split}.jsonl"
     if task.generated:

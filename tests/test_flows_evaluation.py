@@ -358,6 +358,20 @@ def test_a_failed_problem_counts_as_not_solved_and_is_told(run, monkeypatch):
     assert by_row["best_of_n", 4]["accuracy"] <= 29 / 30
 
 
+def test_a_threshold_is_fitted_once_on_other_problems(run, tmp_path, capsys):
+    request = Request((4,), "step_rejection(draws=4, threshold=fit)")
+    found = run(request, noise=0.0)
+    (path,) = tmp_path.glob("mine/eval/*/fit.json")
+    fitted = json.loads(path.read_text())
+    assert f"threshold {fitted['threshold']:g}, fitted on 100 other problems" in capsys.readouterr().err
+    assert len(fitted["tried"]) == 5
+    by_hand = run(Request((4,), f"step_rejection(draws=4, threshold={fitted['threshold']})"), noise=0.0)
+    assert found["results"][0]["accuracy"] == by_hand["results"][0]["accuracy"]
+    path.write_text(json.dumps(fitted | {"marked": True}))
+    run(request, noise=0.0)
+    assert json.loads(path.read_text())["marked"]  # not fitted again
+
+
 def test_the_report_is_drawn(run, tmp_path, capsys):
     run(Request((1, 4), "greedy,pass,majority,beam(width=2)"), noise=0.1, report=True)
     (path,) = (tmp_path / "mine").glob("eval-*.png")
