@@ -122,7 +122,10 @@ def eval_command(
     model: Annotated[str, typer.Option(help="champion, base, or a model folder")] = "champion",
     strategies: Annotated[
         str | None,
-        typer.Option(help="like 'majority,beam(width=2),dvts(vote=majority)'; default: all plain ones that fit"),
+        typer.Option(
+            help="like 'majority,beam(width=2),dvts(vote=majority)'; default: greedy, pass, majority, and with a "
+            "verifier best-of-n, beam, dvts, rebase and step rejection"
+        ),
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="per problem, comma-separated; default: 1,4,16,64")] = None,
     unit: Annotated[str, typer.Option(help="of the budgets: samples, tokens or flops")] = "samples",

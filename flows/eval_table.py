@@ -71,7 +71,7 @@ def _accuracies(found: Mapping[str, Any], left_out: Sequence[str] = ()) -> Table
     heads += ["over weighted"] * weighted + ["saving"] * savings + ["problems"] * partial
     table = _table(heads)
     for name, r in _grouped(results):
-        cells = [name, Text(f"{r['budget']:g}"), _accuracy(r), _gain(r.get("gain"), marked=True)]
+        cells = [name, _budget(r, found), _accuracy(r), _gain(r.get("gain"), marked=True)]
         cells += [_gain(r.get("verifier_gain"))] * weighted
         cells += [_saving(r)] * savings + [Text(str(r["n"]))] * partial
         table.add_row(*cells)
@@ -90,7 +90,7 @@ def _spends(found: Mapping[str, Any], left_out: Sequence[str] = ()) -> Table:
     for name, r in _grouped(results):
         cells = [Text(count(_rounded(r["spend"][field] / max(1, r["n"])))) for field in shown]
         cells += [Text(seconds(r["wall_s"]) if r.get("wall_s") else "")] * timed
-        table.add_row(name, Text(f"{r['budget']:g}"), *cells)
+        table.add_row(name, _budget(r, found), *cells)
     return table
 
 
@@ -108,6 +108,13 @@ def _grouped(results: Sequence[Result]) -> Iterator[tuple[Text, Result]]:
             yield Text("" if index else name), row
 
 
+def _budget(r: Result, found: Mapping[str, Any]) -> Text:
+    """Greedy is one sample, whatever the others are given."""
+    if r["strategy"] == "greedy" and found.get("unit", "samples") != "samples":
+        return Text("")
+    return Text(f"{r['budget']:g}" if r["budget"] < 10_000 else count(r["budget"]))
+
+
 def _accuracy(r: Result) -> Text:
     if r["accuracy"] is None:
         return Text("-")
@@ -121,7 +128,7 @@ def _gain(gain: Mapping[str, Any] | None, *, marked: bool = False) -> Text:
     text = f"{round(100 * gain['value'], 1) + 0.0:+.1f}"
     sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
     text += "" if gain["low"] is None else f" ± {50 * (gain['high'] - gain['low']):4.1f}"
-    mark = f" {_MARKS.get(gain['over'], '')}" if marked else ""
+    mark = f" {_MARKS.get(gain['over'].partition('(')[0], '')}" if marked else ""
     return Text.assemble((text, "bold" if sure else ""), (mark, "dim"))
 
 

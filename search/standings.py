@@ -46,6 +46,11 @@ class Row:
         return stats.mean_estimate(list(self.values.values()))
 
     @property
+    def kind(self) -> str:
+        """Its name without the options that leave it what it is: how many samples a budget of tokens buys."""
+        return self.strategy if "vote=" in self.strategy else self.strategy.partition("(")[0]
+
+    @property
     def cost(self) -> float:
         """Ideal FLOPs of a problem; samples where no FLOPs are known."""
         return (self.spend.flops_ideal or self.spend.samples) / max(1, len(self.values))
@@ -90,7 +95,7 @@ def pool_rows(figures: PoolFigures, names: Mapping[str, str], wall_s: Mapping[bo
 def gain(row: Row, rows: Sequence[Row], over: Sequence[str]) -> Gain | None:
     """Against the most accurate of these strategies at the same budget (greedy has one answer at any); None where it
     is that one, or none is there."""
-    others = [r for r in rows if r.strategy in over and r.values and r.budget in (row.budget, _any_budget(r))]
+    others = [r for r in rows if r.kind in over and r.values and r.budget in (row.budget, _any_budget(r))]
     best = max(others, key=lambda r: r.accuracy.value, default=None)
     if best is None or best is row:
         return None
@@ -103,7 +108,7 @@ def gain(row: Row, rows: Sequence[Row], over: Sequence[str]) -> Gain | None:
 
 
 def _any_budget(row: Row) -> float | None:
-    return row.budget if row.strategy == "greedy" else None
+    return row.budget if row.kind == "greedy" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,7 @@ def _accuracy(row: Row, keys: Sequence[str]) -> float:
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> str:
     """What a row's saving is measured against: with a verifier its own weighted vote, else the majority."""
-    weighted = row.verified and row.strategy != WEIGHTED and any(r.strategy == WEIGHTED for r in rows)
+    weighted = row.verified and row.kind != WEIGHTED and any(r.kind == WEIGHTED for r in rows)
     return WEIGHTED if weighted else "majority"
 
 
@@ -172,11 +177,11 @@ def _row_json(row: Row, rows: Sequence[Row], points: Sequence[Row]) -> dict[str,
         found["failed_reason"] = Counter(row.failures).most_common(1)[0][0]
     if row.approximate:
         found["approximate"] = True
-    if row.verified and row.strategy != WEIGHTED:
+    if row.verified and row.kind != WEIGHTED:
         found["verifier_gain"] = _gain_json(gain(row, rows, (WEIGHTED,)))
     over = baseline_of(row, rows)
-    curve = [r for r in points if r.strategy == over]
-    if curve and row.strategy not in (over, "pass"):  # any of k right is no answer that could be given
+    curve = [r for r in points if r.kind == over]
+    if curve and row.kind not in (over, "pass"):  # any of k right is no answer that could be given
         saved = saving(row, curve)
         found["saving"] = {"over": over, "value": saved.value, "more_than": saved.more_than}
     return found | {"spend": row.spend.to_json(), "wall_s": None if row.wall_s is None else round(row.wall_s, 3)}

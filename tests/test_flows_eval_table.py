@@ -93,3 +93,12 @@ def test_an_engine_without_token_ids_is_told():
     assert found["results"][0]["approximate"]
     assert "approximate: the engine" in printed(found)
     assert "approximate" not in printed(to_json("math", 1, 0, rows[1:]))
+
+
+def test_greedy_has_no_budget_of_tokens():
+    rows = [row("greedy", 1, 0.4), row("majority(samples=4)", 500, 0.5), row("majority(samples=4)", 2_000_000, 0.5)]
+    lines = printed(to_json("math", 50, 0, rows) | {"unit": "tokens"}).splitlines()
+    assert lines[1].split()[:3] == ["strategy", "tokens", "accuracy"]
+    assert lines[2].split()[:3] == ["greedy", "40.0", "%"]
+    assert lines[3].split()[:2] == ["majority(samples=4)", "500"]
+    assert lines[4].split()[:2] == ["2", "M"]

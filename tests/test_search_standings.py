@@ -40,6 +40,15 @@ def test_greedy_has_one_answer_at_any_budget():
     assert gain(beam, [greedy, beam], ("greedy", "majority")).value == -0.5
 
 
+def test_a_baseline_may_have_options_but_no_vote_of_its_own():
+    majority, other = row("majority(samples=4)", 500, [1, 0, 0]), row("majority(vote=weighted)", 500, [1, 1, 1])
+    beam = row("beam(samples=4)", 500, [1, 1, 0], 10, verified=True)
+    found = gain(beam, [majority, other, beam], ("greedy", "majority"))
+    assert (found.over, found.value) == ("majority(samples=4)", pytest.approx(1 / 3))
+    (_, _, shown) = to_json("x", 3, 0, [majority, other, beam])["results"]
+    assert shown["saving"]["over"] == "majority"
+
+
 def test_a_gain_is_over_the_problems_that_both_finished():
     majority, beam = row("majority", 4, {"a": 0.0, "b": 1.0, "c": 1.0}), row("beam", 4, {"a": 1.0, "c": 1.0, "d": 0.0})
     found = gain(beam, [majority, beam], ("majority",))
