@@ -33,7 +33,7 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise InvalidConfig(f"{path} is not valid TOML: {error}") from error
     except OSError as error:
         raise InvalidConfig(f"{path} cannot be read: {error.strerror}") from error
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not _names_type(override)):  # a type first, then its keys
         _apply(data, override)
     return parse(data, str(path))
 
@@ -83,7 +83,10 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    """Put "a.b=value" into data. The value is TOML (16, 0.5, true, [1, 2]); what is not TOML is a string."""
+    """Put "a.b=value" into data. The value is TOML (16, 0.5, true, [1, 2]); what is not TOML is a string.
+
+    Another type ("engine.type=vllm") begins its section anew: the keys of the old type mean nothing to it.
+    """
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
@@ -98,7 +101,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InvalidConfig(f"--set {override}: '{key}' is a value, not a section")
         section = typing.cast("dict[str, Any]", inner)
+    if _names_type(override) and section.get("type", value) != value:
+        section.clear()
     section[keys[-1]] = value
+
+
+def _names_type(override: str) -> bool:
+    return override.partition("=")[0].strip().endswith(".type")
 
 
 def _explain(problem: Any, data: Mapping[str, Any]) -> str:
@@ -121,7 +130,19 @@ def _explain(problem: Any, data: Mapping[str, Any]) -> str:
     return f"'{path}' = {shown!r}: {message[0].lower() + message[1:]}"
 
 
-_TAGS = {"countdown", "arithmetic", "gsm8k", "math", "jsonl", "scripted", "transformers", "vllm", "server"}
+_TAGS = {
+    "countdown",
+    "arithmetic",
+    "gsm8k",
+    "math",
+    "jsonl",
+    "scripted",
+    "transformers",
+    "vllm",
+    "server",
+    "none",
+    "oracle",
+}
 
 
 def _model_at(location: list[str], data: Mapping[str, Any]) -> type[BaseModel] | None:

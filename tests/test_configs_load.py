@@ -97,6 +97,18 @@ def test_overrides_are_toml_or_strings(config_file, override, value):
     assert getattr(getattr(config, section), key) == value
 
 
+def test_another_type_begins_its_section_anew_wherever_it_stands():
+    config = load("countdown", ["engine.max_num_seqs=8", "engine.type=vllm"])
+    assert (config.engine.type, config.engine.max_num_seqs) == ("vllm", 8)
+    same = load("countdown", ["engine.type=transformers"])
+    assert same == load("countdown")
+
+
+def test_an_unknown_key_of_a_verifier_is_named_as_the_user_wrote_it():
+    with pytest.raises(InvalidConfig, match="'verifier.nois' .*did you mean 'noise'"):
+        load("countdown", ["verifier.type=oracle", "verifier.nois=0.1"])
+
+
 @pytest.mark.parametrize("override", ["samples", "=3", "a..b=1", "loop.name.x=1"])
 def test_bad_overrides_are_refused(config_file, override):
     with pytest.raises(InvalidConfig, match="--set"):
