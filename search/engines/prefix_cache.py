@@ -35,7 +35,7 @@ class PrefixCache:
         """Forget every prefix."""
         assert not self._leases, "cleared in the middle of a call"
         self._holders[:] = 0
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self._free = list(range(self.capacity - 1, -1, -1))  # from the first on: what was written before is used again
         self._kept.clear()
         self._lengths.clear()
 
@@ -112,7 +112,8 @@ class PrefixCache:
     def read(self, prefixes: Sequence[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each layer the keys and values of prefixes given as slots, left-padded: [rows, heads, longest, width]."""
         longest = max(len(slots) for slots in prefixes)
-        padded = np.zeros((len(prefixes), longest), dtype=np.int64)
+        written = next(slots[0] for slots in prefixes if len(slots))  # what pads is masked out, but nan times 0 is nan
+        padded = np.full((len(prefixes), longest), written, dtype=np.int64)
         for row, slots in zip(padded, prefixes, strict=True):
             row[longest - len(slots) :] = slots
         index = torch.from_numpy(padded.ravel()).to(self._pool[0][0].device)
@@ -124,6 +125,6 @@ class PrefixCache:
 
 
 def _pool(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Zeros, so that padding read from an unused slot is a number: masked out, but nan times 0 is nan."""
+    """On a CPU memory is taken as slots are written."""
     _, heads, _, width = states.shape
-    return states.new_zeros(capacity, heads, width)
+    return states.new_empty(capacity, heads, width)
