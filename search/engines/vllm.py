@@ -12,10 +12,12 @@ compilation), hidden states, pipeline parallelism, AMD and TPU.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +41,7 @@ ENVIRONMENT = {  # unless the user says otherwise
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "PASSIVE",  # of its own process: spinning threads collapse when others want the cores
@@ -267,6 +270,9 @@ def _prepare(threads: int | None, devices: Sequence[str] | None) -> None:
         os.environ.setdefault(name, value)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    level = logging.getLevelNamesMapping().get(os.environ["VLLM_LOGGING_LEVEL"].upper(), logging.ERROR)
+    logging.getLogger("vllm").setLevel(level)  # it speaks before it reads its environment
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     try:
         import vllm  # noqa: F401
     except ImportError as error:
