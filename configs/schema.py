@@ -156,6 +156,14 @@ class Bootstrap(Section):
     )
     short: Fraction = Field(default=0.65, description="arithmetic: share of demonstrations with at most 4 operations")
 
+    @model_validator(mode="after")
+    def _heads(self) -> Bootstrap:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of heads = {self.heads}")
+        if self.heads % (self.key_value_heads or self.heads):
+            raise ValueError(f"heads = {self.heads} is no multiple of key_value_heads = {self.key_value_heads}")
+        return self
+
 
 class ScriptedEngine(Section):
     """Answers from a script, in no time: for tests, the smoke round and plans."""

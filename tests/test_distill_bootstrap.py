@@ -17,7 +17,7 @@ from search.types import Grade
 
 
 def config(task: str = "countdown", **changes) -> Config:
-    settings = {"hidden_size": 32, "layers": 1, "examples": 256, "batch_size": 32}
+    settings = {"hidden_size": 32, "layers": 1, "heads": 2, "examples": 256, "batch_size": 32}
     return parse(
         {
             "loop": {"name": "t"},
