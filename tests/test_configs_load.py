@@ -105,7 +105,7 @@ def test_another_type_begins_its_section_anew_wherever_it_stands():
 
 
 def test_an_unknown_key_of_a_verifier_is_named_as_the_user_wrote_it():
-    with pytest.raises(InvalidConfig, match="'verifier.nois' .*did you mean 'noise'"):
+    with pytest.raises(InvalidConfig, match=r"'verifier\.nois' .*did you mean 'noise'"):
         load("countdown", ["verifier.type=oracle", "verifier.nois=0.1"])
 
 
