@@ -13,6 +13,7 @@ from search.randomness import key64
 from search.strategies.trees import softmax, top
 from search.types import Finish, Problem
 from tests.scripted_search import (
+    LineTask,
     ShuffledStream,
     StepEngine,
     TextVerifier,
@@ -318,6 +319,34 @@ def test_the_best_get_their_width_until_the_places_are_gone(scores, places, widt
     assert sum(0 < num < width for num in counts) <= 1  # only the last may get less
     worst = min((score for score, num in zip(scores, counts, strict=True) if num), default=1)
     assert all(score <= worst for score, num in zip(scores, counts, strict=True) if not num)
+
+
+# ---------------------------------------------------------------- few-shot prompts
+
+
+class FewShot(LineTask):
+    """A step ends with a blank line, and so does an answer: only the next question tells them apart."""
+
+    step_delimiter = "\n\n"
+    end_text = "\n\nQuestion:"
+
+
+@pytest.mark.parametrize("options", ["", "max_rounds=1"])
+@pytest.mark.parametrize("name", ["beam", "dvts", "rebase", "step_rejection"])
+def test_the_forks_of_an_answer_that_was_over_have_one_vote(name, options):
+    """A is continued four times and cut back to the same ids each time: copies of one draw."""
+    table = {"": ["A\n\n", "b\n\n", "c\n\n", "d\n\n"], "A\n\n": "Question: what else?"}
+    engine = StepEngine(by_table(table))
+    result = run_one(f"{name}({options})", 4, engine, by_score({"A\n\n": 0.9, "A": 0.9}, 0.1), task=FewShot())
+    assert len(engine.log) == (4 + 4 if name != "step_rejection" else 1 + 1)
+    assert [(c.text, c.ids, c.finish) for c in result.candidates] == [("A", (*b"A", EOS), Finish.EOS)]
+    assert answer_given(result) == "A"
+
+
+def test_forks_that_add_something_are_draws_of_their_own():
+    table = {"": ["A\n\n"], "A\n\n": ["Question: what else?", "B", "Question:", "B"]}
+    result = run_one("beam", 4, StepEngine(by_table(table)), by_score({}), task=FewShot())
+    assert texts(result) == ["A", "A\n\nB", "A\n\nB"]
 
 
 # ---------------------------------------------------------------- all of them

@@ -105,19 +105,36 @@ async def grow(
         flat = [candidate for tree in live for candidate in tree]
         if not flat:
             break
-        stepped = iter(await _scored(policy, verifier, await policy.step(flat), lookahead))
-        for t, tree in enumerate(live):
-            grown = [next(stepped) for _ in tree]
+        grown_all = distinct_ends(flat, await policy.step(flat))
+        stepped = await _scored(policy, verifier, grown_all, lookahead)
+        for t in range(len(trees)):
+            grown = [c for c in stepped if c.chain == t]
             ended[t] += [c for c in grown if not c.open]
             still = [c for c in grown if c.open]
             if distinct:
                 still = [c for i, c in enumerate(still) if c.text not in {other.text for other in still[:i]}]
             counts = allocate([c.score or 0.0 for c in still], places[t] - len(ended[t])) if still else []
             live[t] = [child for c, num in zip(still, counts, strict=True) if num for child in policy.fork(c, num)]
-    rest = iter(await verifier.score(await policy.finish([c for tree in live for c in tree])))  # max_rounds is over
-    for t, tree in enumerate(live):
-        ended[t] += [next(rest) for _ in tree]
-    return [c for tree in ended for c in tree]
+    flat = [candidate for tree in live for candidate in tree]  # max_rounds is over
+    rest = await verifier.score(distinct_ends(flat, await policy.finish(flat)))
+    return [c for t, tree in enumerate(ended) for c in (*tree, *(c for c in rest if c.chain == t))]
+
+
+def distinct_ends(before: Sequence[Candidate], after: Sequence[Candidate]) -> list[Candidate]:
+    """`after` without the copies: of the forks of one candidate that ended with nothing new, the first stays.
+
+    An answer may be over before its end is seen (few-shot: at the blank line before the next question). It is open
+    then and is forked, and every fork is cut back to it: copies of one draw, which may have one vote.
+    """
+    ended: set[tuple[int, ...]] = set()
+    kept: list[Candidate] = []
+    for old, new in zip(before, after, strict=True):
+        if old.ids and new.complete and len(new.text) <= len(old.text):
+            if old.path[:-1] in ended:
+                continue
+            ended.add(old.path[:-1])
+        kept.append(new)
+    return kept
 
 
 async def _scored(policy: Policy, verifier: Scorer, candidates: list[Candidate], lookahead: int) -> list[Candidate]:
