@@ -29,7 +29,7 @@ from search.scheduler import Searching, Tick, run_together
 from search.sets import read_problems
 from search.strategies import parse
 from search.tasks import load_task
-from search.thresholds import fit_threshold, needs_fit, with_threshold
+from search.thresholds import GRID, fit_threshold, needs_fit, with_threshold
 from search.types import Budget, Candidate, Problem, SearchResult, StreamingEngine, Verifier
 from search.verifiers import load_verifier
 
@@ -70,19 +70,25 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
     cells = [Cell.from_json(row) for row in request["cells"]]
     num = num_processes(config)
     unfitted = [c for c in cells if c.strategy and needs_fit(parse(c.strategy)) and fitted(c) is None]
-    if unfitted:
-        fork_map(functools.partial(_fit_all, config, inputs, request["split"], unfitted), 1, lambda *_: None)
+    fit = read_problems(inputs["request"] / "fit.jsonl") if unfitted else []
     shards = shards_of(cells, len(problems))
-    total, all_problems = sum(s.weight for s in shards), sum(s.end - s.start for s in shards)
+    to_fit = sum(cell.weight for cell in unfitted) * len(GRID) * len(fit)
+    total, all_problems = to_fit + sum(s.weight for s in shards), sum(s.end - s.start for s in shards)
+    fitting = Done()
     states = [Done() for _ in range(num)]
+
+    def report_fit(index: int, row: dict[str, Any]) -> None:
+        nonlocal fitting
+        fitting = Done(**row)
+        progress(fitting.weight, total, tokens=fitting.tokens, steps=fitting.steps, what=fitting.cell)
 
     def report(index: int, row: dict[str, Any]) -> None:
         states[index] = Done(**row)
         progress(
-            sum(s.weight for s in states),
+            to_fit + sum(s.weight for s in states),
             total,
-            tokens=sum(s.tokens for s in states),
-            steps=sum(s.steps for s in states),
+            tokens=fitting.tokens + sum(s.tokens for s in states),
+            steps=fitting.steps + sum(s.steps for s in states),
             problems=f"{sum(s.problems for s in states)}/{all_problems}",
             what=row["cell"],
         )
@@ -93,29 +99,54 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
         seed = (config.loop.seed, "evaluate", f"pool-{request['split']}")
         sampler = Sampler(engine, task, config.sampling.temperature, config.sampling.max_new_tokens, seed)
         verifier = load_verifier(config, task) if any(cell.verified for cell in cells) else None
-        limit = None if request["max_tokens"] is None else request["max_tokens"] // num
+        limit = None if left is None else left // num
         _Process(sampler, verifier, problems, limit, num, tell).run(assign(shards, num)[index])
         engine.close()
 
+    left: int | None = request["max_tokens"]
+    if unfitted:
+        fit_all = functools.partial(_fit_all, config, inputs["policy"], request["split"], unfitted, fit, left)
+        (tokens,) = fork_map(fit_all, 1, report_fit, fork=True)
+        left = None if left is None else left - tokens
     fork_map(work, num, report)
 
 
 def _fit_all(
-    config: Config, inputs: Mapping[str, Path], split: str, cells: Sequence[Cell], index: int, tell: Report
-) -> None:
-    """Fit the thresholds of these cells, each on the same problems, and leave them in the cells' folders."""
+    config: Config,
+    policy: Path,
+    split: str,
+    cells: Sequence[Cell],
+    problems: Sequence[Problem],
+    max_tokens: int | None,
+    index: int,
+    tell: Report,
+) -> int:
+    """Fit the thresholds of these cells, each on the same problems, and leave them in the cells' folders; tokens."""
     task = load_task(config)
-    problems = read_problems(inputs["request"] / "fit.jsonl")
-    engine = load_engine(config, policy_path(inputs["policy"]), task)
+    engine = load_engine(config, policy_path(policy), task)
     seed = (config.loop.seed, "evaluate", f"fit-{split}")
     sampler = Sampler(engine, task, config.sampling.temperature, config.sampling.max_new_tokens, seed)
     verifier = load_verifier(config, task)
     assert verifier is not None, "a strategy with a threshold was planned without a verifier"
+    done = Done()
     for cell in cells:
-        spec, tried = fit_threshold(parse(cell.strategy), cell.budget, problems, sampler, verifier)
-        row = {"threshold": spec.options["threshold"], "tried": [asdict(one) for one in tried]}
-        write_json(cell.folder / "fit.json", row)
+        before = replace(done, cell=f"fitting {cell.name}")
+
+        def on_tick(tick: Tick, cell: Cell = cell, before: Done = before) -> None:
+            weight = before.weight + cell.weight * tick.finished
+            now = replace(before, weight=weight, tokens=before.tokens + tick.tokens, steps=before.steps + tick.steps)
+            tell(asdict(now))
+
+        left = None if max_tokens is None else max_tokens - done.tokens
+        fit = fit_threshold(
+            parse(cell.strategy), cell.budget, problems, sampler, verifier, max_tokens=left, on_tick=on_tick
+        )
+        row = {"threshold": fit.spec.options["threshold"], "tried": [asdict(one) for one in fit.tried]}
+        write_json(cell.folder / "fit.json", row | {"tokens": fit.tokens})
+        weight = done.weight + cell.weight * len(problems) * len(GRID)
+        done = Done(weight, tokens=done.tokens + fit.tokens, steps=done.steps + fit.steps)
     engine.close()
+    return done.tokens
 
 
 def shards_of(cells: Sequence[Cell], num_problems: int) -> list[Shard]:

@@ -166,8 +166,14 @@ class Store:
 
 def fitted(cell: Cell) -> float | None:
     """The threshold that was fitted for a cell's strategy; None: there is none."""
+    fit = read_fit(cell)
+    return None if fit is None else fit["threshold"]
+
+
+def read_fit(cell: Cell) -> dict[str, Any] | None:
+    """{"threshold", "tried": [{"threshold", "accuracy", "flops"}], "tokens"}; None: nothing was fitted."""
     path = cell.folder / "fit.json"
-    return json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def outcomes(cell: Cell, spec: Spec, order: Mapping[str, int]) -> Outcomes:

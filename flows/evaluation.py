@@ -36,7 +36,7 @@ from search.sets import read_problems, write_problems
 from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
 from search.strategies import SCORED_VOTES, Spec, parse, parse_list
 from search.tasks import load_task
-from search.thresholds import needs_fit, with_threshold
+from search.thresholds import GRID, needs_fit, with_threshold
 from search.types import Budget, Problem, Spend, Task, VerifierFacts
 from search.verifiers import load_verifier
 
@@ -245,8 +245,16 @@ def _search(
         with signals_end_children(), Stages(config) as stages, _bar(what) as progress:
             stages(call, progress)
     for cell in lacking:
-        if (threshold := eval_store.fitted(cell)) is not None:
-            print(f"{cell.name}: threshold {threshold:g}, fitted on {len(fit)} other problems", file=sys.stderr)
+        if (found := eval_store.read_fit(cell)) is not None:
+            print(_fit_line(cell, found, len(fit)), file=sys.stderr)
+
+
+def _fit_line(cell: Cell, fit: Mapping[str, Any], num_problems: int) -> str:
+    line = f"{cell.name}: threshold {fit['threshold']:g}, fitted on {num_problems} other problems for "
+    line += f"{fit['tokens']} tokens"
+    if len(fit["tried"]) < len(GRID):
+        line += f"; --max-tokens ended that after {len(fit['tried'])} of {len(GRID)} thresholds, --fresh fits anew"
+    return line
 
 
 def sample(context: Context, inputs: Inputs, out: Path) -> None:

@@ -25,13 +25,16 @@ Report = Callable[[dict[str, Any]], None]
 Work = Callable[[int, Report], Any]  # (index of the process, report) -> a JSON value
 
 
-def fork_map(work: Work, num: int, on_report: Callable[[int, dict[str, Any]], None]) -> list[Any]:
+def fork_map(
+    work: Work, num: int, on_report: Callable[[int, dict[str, Any]], None], *, fork: bool = False
+) -> list[Any]:
     """`work(i, report)` for i in 0..num-1, each in its own process; what they return, in order.
 
-    `on_report(i, row)` hears what process i reports. With num = 1 the work is done here. Raises what a process raised
-    where it is one of ours, else EngineError; the others are ended first.
+    `on_report(i, row)` hears what process i reports. With num = 1 the work is done here, unless `fork`: work that
+    loads an engine, before more processes are forked, leaves nothing of it here. Raises what a process raised where it
+    is one of ours, else EngineError; the others are ended first.
     """
-    if num == 1:
+    if num == 1 and not fork:
         return [work(0, lambda row: on_report(0, row))]
     sys.stdout.flush()
     sys.stderr.flush()

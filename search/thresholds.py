@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from search.errors import ConfigError
 from search.policy import Sampler
-from search.run import search
+from search.run import Plan, search
+from search.scheduler import Tick
 from search.strategies import FIT, Spec
-from search.types import Budget, Grade, Problem, Verifier
+from search.types import Budget, Grade, Problem, SearchResult, Verifier
 
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -26,6 +28,16 @@ class Tried:
     threshold: float
     accuracy: float
     flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The spec with its threshold, what was tried for it, and the tokens and steps that all of it generated."""
+
+    spec: Spec
+    tried: tuple[Tried, ...]
+    tokens: int
+    steps: int
 
 
 def needs_fit(spec: Spec) -> bool:
@@ -40,27 +52,58 @@ def fit_threshold(
     verifier: Verifier,
     *,
     grid: Sequence[float] = GRID,
-    on_tried: Callable[[Tried], None] | None = None,
-) -> tuple[Spec, list[Tried]]:
-    """The spec with the threshold that serves best on `problems`, which need gold answers; and all that was tried.
+    max_tokens: int | None = None,
+    on_tick: Callable[[Tick], None] | None = None,
+) -> Fit:
+    """The threshold that serves best on `problems`, which need gold answers. `on_tick` hears of all together.
 
-    Raises BudgetError and ConfigError as `Spec.plan` does.
+    `max_tokens` caps what all of them generate: the first one that it leaves unfinished ends the grid. Raises
+    ConfigError where that leaves nothing to choose from, BudgetError and ConfigError as `Spec.plan` does.
     """
+    spent = Tick()
     solved_T_P: list[list[bool]] = []
     tried: list[Tried] = []
     for threshold in grid:
         candidate = with_threshold(spec, threshold)
-        results = search(problems, candidate.plan(budget, verifier.facts), sampler, verifier)
+        left = None if max_tokens is None else max_tokens - spent.tokens
+        results, spent = _run(candidate.plan(budget, verifier.facts), problems, sampler, verifier, left, spent, on_tick)
+        if len(results) < len(problems):
+            break
         right = [r.selected is not None and r.candidates[r.selected].grade is Grade.CORRECT for r in results]
         solved_T_P.append(right)
         flops = sum(result.spend.flops_ideal for result in results) / len(results)
         tried.append(Tried(threshold, sum(right) / len(right), flops))
-        if on_tried:
-            on_tried(tried[-1])
-    best = max(range(len(grid)), key=lambda i: (tried[i].accuracy, -tried[i].flops))
-    fair = [i for i in range(len(grid)) if _not_worse(solved_T_P[i], solved_T_P[best])]
+    if not tried:
+        raise ConfigError(
+            f"{spec.text}: a cap of {max_tokens} tokens does not let one threshold be tried on {len(problems)} "
+            "problems: raise it, or give the threshold as a number"
+        )
+    best = max(range(len(tried)), key=lambda i: (tried[i].accuracy, -tried[i].flops))
+    fair = [i for i in range(len(tried)) if _not_worse(solved_T_P[i], solved_T_P[best])]
     chosen = min(fair, key=lambda i: tried[i].flops)
-    return with_threshold(spec, grid[chosen]), tried
+    return Fit(with_threshold(spec, grid[chosen]), tuple(tried), spent.tokens, spent.steps)
+
+
+def _run(
+    plan: Plan,
+    problems: Sequence[Problem],
+    sampler: Sampler,
+    verifier: Verifier,
+    max_tokens: int | None,
+    before: Tick,
+    on_tick: Callable[[Tick], None] | None,
+) -> tuple[list[SearchResult], Tick]:
+    """One threshold's results, and how far the fit is with it: `before` and what it generated, finished or not."""
+    now = before
+
+    def hear(tick: Tick) -> None:
+        nonlocal now
+        now = Tick(before.finished + tick.finished, before.tokens + tick.tokens, before.steps + tick.steps)
+        if on_tick:
+            on_tick(now)
+
+    results = search(problems, plan, sampler, verifier, max_tokens=max_tokens, on_tick=hear)
+    return results, Tick(before.finished + len(results), now.tokens, now.steps)
 
 
 def with_threshold(spec: Spec, threshold: float) -> Spec:

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import shutil
 
 import pytest
 
@@ -363,13 +365,50 @@ def test_a_threshold_is_fitted_once_on_other_problems(run, tmp_path, capsys):
     found = run(request, noise=0.0)
     (path,) = tmp_path.glob("mine/eval/*/fit.json")
     fitted = json.loads(path.read_text())
-    assert f"threshold {fitted['threshold']:g}, fitted on 100 other problems" in capsys.readouterr().err
+    assert f"threshold {fitted['threshold']:g}, fitted on 100 other problems for {fitted['tokens']} tokens" in (
+        capsys.readouterr().err
+    )
     assert len(fitted["tried"]) == 5
     by_hand = run(Request((4,), f"step_rejection(draws=4, threshold={fitted['threshold']})"), noise=0.0)
     assert found["results"][0]["accuracy"] == by_hand["results"][0]["accuracy"]
     path.write_text(json.dumps(fitted | {"marked": True}))
     run(request, noise=0.0)
     assert json.loads(path.read_text())["marked"]  # not fitted again
+
+
+def test_a_fit_leaves_no_engine_in_the_process_that_forks_afterwards(run, tmp_path, monkeypatch):
+    load_engine, pids = eval_run.load_engine, []
+
+    def loading(*args, **more):
+        pids.append(os.getpid())
+        with (tmp_path / "pids").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return load_engine(*args, **more)
+
+    monkeypatch.setattr(eval_run, "load_engine", loading)
+    run(Request((4,), "step_rejection(draws=4, threshold=fit)"), noise=0.0)
+    in_fit, in_search = map(int, (tmp_path / "pids").read_text().split())
+    assert in_fit != os.getpid()
+    assert pids == [in_search] == [os.getpid()]
+
+
+def test_a_fit_counts_against_the_cap(run, tmp_path, capsys):
+    strategy = "step_rejection(draws=4, threshold=fit)"
+    run(Request((4,), strategy), noise=0.0)
+    (path,) = tmp_path.glob("mine/eval/*/fit.json")
+    tokens = json.loads(path.read_text())["tokens"]
+    shutil.rmtree(tmp_path / "mine")
+    cap = tokens + 300
+    run(Request((4,), strategy, max_tokens=cap), noise=0.0)
+    spent = sum(r.spend.generated_tokens for r in read_results(path.parent))
+    assert json.loads(path.read_text())["tokens"] == tokens
+    assert 0 < spent <= 300
+    shutil.rmtree(tmp_path / "mine")
+    capsys.readouterr()
+    run(Request((4,), strategy, max_tokens=tokens // 2), noise=0.0)
+    assert re.search(r"--max-tokens ended that after [1-4] of 5 thresholds", capsys.readouterr().err)
+    with pytest.raises(ConfigError, match="does not let one threshold be tried on 100 problems"):
+        run(Request((8,), strategy, max_tokens=50), noise=0.0)
 
 
 def test_the_report_is_drawn(run, tmp_path, capsys):
@@ -389,6 +428,18 @@ def test_progress_tells_problems_tokens_and_steps(scripted, tmp_path, monkeypatc
     assert info["problems"] == "60/60"  # of both searches
     assert all(a[0] <= b[0] and a[2]["tokens"] <= b[2]["tokens"] for a, b in itertools.pairwise(told))
     assert info["steps"] > 30 * 4
+
+
+def test_progress_tells_the_fit_too(scripted, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(evaluation, "_bar", lambda what: _bar(told))
+    config, request = scripted(noise=0.1), Request((4,), "step_rejection(draws=4, threshold=fit)")
+    evaluate_model(config, tmp_path, str(tmp_path / "model"), "validation", 30, request, report=False)
+    fitting = [row for row in told if row[2]["what"].startswith("fitting step_rejection")]
+    assert len(fitting) > 5
+    assert told[: len(fitting)] == fitting
+    assert told[-1][:2] == (30 * 4 + 5 * 100 * 4,) * 2
+    assert all(a[0] <= b[0] and a[2]["tokens"] <= b[2]["tokens"] for a, b in itertools.pairwise(told))
 
 
 class _bar:

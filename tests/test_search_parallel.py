@@ -23,6 +23,11 @@ def test_one_process_is_this_one():
     assert fork_map(lambda index, report: os.getpid(), 1, ignore) == [os.getpid()]
 
 
+def test_one_process_is_a_child_where_that_is_asked_for():
+    (pid,) = fork_map(lambda index, report: os.getpid(), 1, ignore, fork=True)
+    assert pid != os.getpid()
+
+
 def test_reports_are_heard_with_their_process():
     heard = []
 
