@@ -11,7 +11,7 @@ from configs.schema import TransformersEngine as EngineSettings
 from search.engines.drawing import uniform
 from search.engines.loading import flops_parameters
 from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
-from search.engines.transformers import TransformersEngine
+from search.engines.transformers import TransformersEngine, _cache_bytes
 from search.errors import ModelError
 from search.randomness import key64
 from search.tasks.tokenizer import build_tokenizer
@@ -315,6 +315,43 @@ def test_a_full_gpu_does_without_the_cache(folder, monkeypatch) -> None:
     assert left[0] < 0
 
 
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_lone_row_on_a_full_gpu_is_tried_without_the_cache(folder, monkeypatch, num_failures: int) -> None:
+    engine = load(folder)
+    request = requests(engine, samples=1)[0]
+    expected = load(folder, cache_tokens=0).extend([request])[0]
+    model, left = engine.model, [num_failures]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.cuda.OutOfMemoryError("full")
+        return model(*args, **kwargs)
+
+    full.config = model.config
+    monkeypatch.setattr(engine, "_model", full)
+    found = engine.extend([request])[0]
+    assert engine.cache.capacity == 0
+    assert (found.ids, found.finish) == ((expected.ids, expected.finish) if num_failures == 1 else ((), Finish.ERROR))
+
+
+def test_the_cache_takes_no_more_memory_than_there_is(folder, monkeypatch) -> None:
+    token_bytes = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
+    unbounded = load(folder)
+    expected = tree(unbounded)[0]
+    assert unbounded.cache.capacity == EngineSettings().batch_tokens
+    for num_tokens in (50, 0):
+        monkeypatch.setattr("search.engines.transformers.CPU_CACHE_BYTES", num_tokens * token_bytes + token_bytes - 1)
+        bounded = load(folder)
+        assert spoken(tree(bounded)[0]) == spoken(expected)
+        assert bounded.cache.capacity == num_tokens
+        asked = load(folder, cache_tokens=60)
+        tree(asked)
+        assert asked.cache.capacity == 60
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 1000))
+    assert _cache_bytes(torch.device("cuda")) == 100
+
+
 def test_flops_parameters_leave_the_embedding_out_and_the_head_in(tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -399,7 +436,9 @@ def test_an_adapter_folder_is_merged_into_its_base(tmp_path, folder, engine: Tra
 
 def test_a_closed_engine_refuses(folder) -> None:
     closed = load(folder)
+    closed.extend(requests(closed))
     closed.close()
+    assert not closed.cache.written
     with pytest.raises(AssertionError, match="closed"):
         closed.extend([Request((5,), 1, 1.0, 1)])
 

@@ -22,14 +22,28 @@ class PrefixCache:
     """Slots of `capacity` tokens. A slot is free when no kept prefix and no lease holds it."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: [capacity, heads, width]
-        self._holders = np.zeros(capacity, dtype=np.int32)
-        self._free = list(range(capacity - 1, -1, -1))
+        self._resize(capacity)
         self._kept: OrderedDict[tuple[int, ...], tuple[np.ndarray, int]] = OrderedDict()  # slots, call of last use
         self._lengths = Counter[int]()
         self._leases: list[np.ndarray] = []
         self._call = 0
+
+    def _resize(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._holders = np.zeros(capacity, dtype=np.int32)
+        self._free = list(range(capacity - 1, -1, -1))
+
+    @property
+    def written(self) -> bool:
+        return bool(self._pool)
+
+    def bound(self, layers: Layers, num_bytes: int) -> None:
+        """Before anything is kept: no more slots than `num_bytes` hold of tokens like those of the layers."""
+        assert not self._kept, "bounded in use"
+        states = [state for pair in layers for state in pair]
+        token_bytes = sum(state.shape[1] * state.shape[3] * state.element_size() for state in states)
+        self._resize(min(self.capacity, num_bytes // token_bytes))
 
     def clear(self) -> None:
         """Forget every prefix."""

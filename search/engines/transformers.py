@@ -28,6 +28,8 @@ from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
 from search.types import Capabilities, Continuation, Finish, Request
 
 SHRINK_BELOW = 0.8  # rows leave the batch once this share is still running: copying the cache has a price too
+CPU_CACHE_BYTES = 1 << 30  # a process: countdown's 262,144 tokens take 600 MB of it
+GPU_CACHE_SHARE = 0.25  # of the memory left beside the model and the first batch: what runs needs the rest
 CUT_AT = 0.25  # a batch this full ends where the prefix length changes: equal lengths need no padding
 
 
@@ -69,6 +71,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         self._model = None
+        self._cache = PrefixCache(0)
 
     # ------------------------------------------------------------ generation
 
@@ -130,7 +133,7 @@ class TransformersEngine:
             yield batch
 
     def _run(self, batch: list[_Group], requests: Sequence[Request], results: dict[int, Continuation]) -> None:
-        """Run a batch; where a GPU has too little memory for it, its halves."""
+        """Run a batch; where a GPU has too little memory for it, its halves, or a single row without the cache."""
         if not self._cache.capacity:
             batch = [replace(group, known=NONE) for group in batch]
         num_rows = sum(len(group.rows) for group in batch)
@@ -138,14 +141,21 @@ class TransformersEngine:
             results |= _Decoding(self, batch, requests).run()
             return
         except torch.cuda.OutOfMemoryError:
-            if num_rows == 1:
+            if num_rows == 1 and not self._cache.capacity:
                 results[batch[0].rows[0]] = Continuation((), Finish.ERROR)
                 return
         self._cache = PrefixCache(0)  # a full GPU needs the room for what runs
         torch.cuda.empty_cache()
         single = [_Group(group.prefix, (row,), group.known) for group in batch for row in group.rows]
         for half in (single[: num_rows // 2], single[num_rows // 2 :]):
-            self._run(half, requests, results)
+            if half:
+                self._run(half, requests, results)
+
+    def bound_cache(self, cache: DynamicCache) -> None:
+        """Before the first write: the cache gets no more memory than there is for it, unless its size was set."""
+        if self._engine.cache_tokens is None and not self._cache.written:
+            layers: Any = cache.layers
+            self._cache.bound([(layer.keys, layer.values) for layer in layers], _cache_bytes(self._device))
 
     # ------------------------------------------------------------ hidden states
 
@@ -272,6 +282,7 @@ class _Decoding:
     def _keep_prefixes(self, cache: DynamicCache) -> None:
         """Prefixes that were computed: others may begin with them."""
         store = self.engine.cache
+        self.engine.bound_cache(cache)
         writing = _Writing(store, cache)
         for number, group in enumerate(self.batch):
             if group.num_new > 1 and group.prefix in store:  # kept by another part of the group
@@ -421,6 +432,13 @@ class _GrowingLayer(DynamicLayer):
             fresh.append(chosen)
         self.buffers = (fresh[0], fresh[1])
         self.keys, self.values = (buffer[..., :held, :] for buffer in self.buffers)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(GPU_CACHE_SHARE * free)
 
 
 def _all_grow(config: Any) -> bool:
