@@ -121,7 +121,7 @@ async def _probed(
     strategy: Callable[..., Searching],
 ) -> list[Candidate]:
     plain = await policy.sample(num_plain)
-    policy.finished = list(plain)  # they come first, too, where the strategy fails in the middle
+    policy.keep(plain, for_good=True)  # they come first, too, where the strategy fails in the middle
     rest = replace(budget, amount=budget.amount - num_plain)
     return plain + await strategy(problem, policy, verifier, rest)
 

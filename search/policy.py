@@ -82,18 +82,19 @@ class Sampler:
 class Policy:
     """Ask the policy about one problem.
 
-    `spend` is what the problem has cost so far, the verifier included. `finished` holds every answer that came to its
-    end: what is left where the budget runs out in the middle.
+    `spend` is what the problem has cost so far, the verifier included. `kept` is what the strategy said it has: what
+    is left where the budget runs out in the middle.
     """
 
     def __init__(self, problem: Problem, sampler: Sampler, budget: Budget, trace: Trace | None = None):
         self.problem = problem
         self.prompt_ids = tuple(prompt_ids(sampler.task, sampler.engine.tokenizer, problem))
         self.spend = Spend()
-        self.finished: list[Candidate] = []
         self.trace = trace
         self._sampler = sampler
         self._budget = budget
+        self._kept: tuple[list[Candidate], list[Candidate]] = ([], [])  # for good, and so far
+        self._answers: list[Candidate] = []  # whatever came to its end, for the ideal FLOPs
         self._drawn: Counter[str] = Counter()  # candidates drawn from each stream
         self._whole = 0  # answers drawn whole
         self._width: Counter[int] = Counter()  # steps generated at each depth
@@ -153,6 +154,18 @@ class Policy:
         found = iter(self._sampler.task.answers([(self.problem, c.text) for c in candidates if c.complete]))
         return [replace(c, answer=next(found)) if c.complete else c for c in candidates]
 
+    def keep(self, candidates: Sequence[Candidate], *, for_good: bool = False) -> None:
+        """All that the strategy would return if it ended now; unfinished ones are left out.
+
+        The next call replaces it, but what is kept `for_good` stays, before all that comes later.
+        """
+        good, complete = self._kept[0], [c for c in candidates if c.complete]
+        self._kept = ([*good, *complete], []) if for_good else (good, complete)
+
+    @property
+    def kept(self) -> list[Candidate]:
+        return [*self._kept[0], *self._kept[1]]
+
     # ------------------------------------------------------------ generation
 
     async def sample(self, num: int, *, temperature: float | None = None, stream: str = "sample") -> list[Candidate]:
@@ -205,7 +218,7 @@ class Policy:
         self._affordable(candidates)
         self._charge_samples(whole, depths)
         grown = await self._ask(candidates, stop, temperature, kind="step" if stop else "answer")
-        self.finished += [c for c in grown if c.complete]
+        self._answers += [c for c in grown if c.complete]
         return grown
 
     async def _ask(
@@ -219,6 +232,7 @@ class Policy:
                 temperature=sampler.temperature if temperature is None else temperature,
                 key=c.key,
                 stop=stop or sampler.task.end_text,
+                resumable=stop is not None,
             )
             for c in candidates
         ]
@@ -291,7 +305,7 @@ class Policy:
 
     def _new_prompt_tokens(self, prompt: tuple[int, ...]) -> int:
         """Tokens of a prompt that no earlier prompt or answer of this problem began with."""
-        answers = ((c.prompt_ids or self.prompt_ids) + c.ids for c in self.finished)
+        answers = ((c.prompt_ids or self.prompt_ids) + c.ids for c in self._answers)
         return len(prompt) - max((_common_prefix(prompt, known) for known in (*self._prompts, *answers)), default=0)
 
 

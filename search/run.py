@@ -99,7 +99,7 @@ def search(
 
 
 async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Verifier | None) -> Found:
-    """One problem. What concerns it alone ends it alone, with what is finished."""
+    """One problem. What concerns it alone ends it alone, with what its strategy has by then."""
     longest = sampler.engine.facts.max_length
     if len(policy.prompt_ids) >= longest:
         return [], f"its prompt has {len(policy.prompt_ids)} tokens, and the model's context only {longest}"
@@ -110,11 +110,11 @@ async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Ve
         if not policy.spend.generated_tokens:
             return [], str(error)
     except VerifierError as error:
-        return policy.finished, str(error)
+        return policy.kept, str(error)
     try:
-        return await scorer.score(policy.finished) if scorer else policy.finished, None
+        return await scorer.score(policy.kept) if scorer else policy.kept, None
     except VerifierError as error:
-        return policy.finished, str(error)
+        return policy.kept, str(error)
 
 
 def _result(

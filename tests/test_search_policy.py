@@ -198,6 +198,42 @@ def test_revisions_cut_off_by_the_budget_keep_their_chains_and_context():
     assert [r.attempts for r in verifier.log] == [(), (), ("A",), ("B",)]
 
 
+def test_what_a_strategy_discarded_has_no_vote_where_the_tokens_run_out():
+    """A and B were rejected, B is the best so far, and a third draw of the chain cannot be paid."""
+    engine = StepEngine(by_table({"": ["A", "B", "C"]}))
+    verifier = by_score({"A": 0.1, "B": 0.3, "C": 0.9})
+    result = run_one("step_rejection(samples=4)", 4, engine, verifier, unit="tokens")
+    assert [(c.text, c.chain, c.score) for c in result.candidates] == [("B", 0, 0.3)]
+
+
+def test_searched_turns_cut_off_by_the_budget_keep_their_turns():
+    """Two answers of two tokens a turn; the second is cut off in its second round."""
+    first, second = ["A", "B"], ["C", "c\n"]
+    scores = {"A": 0.2, "B": 0.9, "C": 0.4, "c\n": 0.5}
+
+    def script(prompt, written, temperature, key):
+        return (first if prompt == "q" else second).pop(0)
+
+    more = "searched_revisions(width=2, samples=4)"
+    result = run_one(more, 8, StepEngine(script), by_score(scores), unit="tokens")
+    assert [(c.text, c.chain, c.score) for c in result.candidates] == [("A", 0, 0.2), ("B", 0, 0.9), ("C", 1, 0.4)]
+
+
+def test_seeds_and_their_revisions_cut_off_by_the_budget_keep_their_chains():
+    answers = iter("ABCDEFGH")
+    scores = {"A": 0.2, "B": 0.9, "C": 0.4, "D": 0.6}
+    strategy = "beam_revisions(width=2, samples=8, chains=2)"
+    result = run_one(strategy, 13, StepEngine(lambda *_: next(answers)), by_score(scores), unit="tokens")
+    assert [(c.text, c.chain) for c in result.candidates] == [
+        ("C", 2),
+        ("A", 3),
+        ("B", 0),
+        ("D", 1),
+        ("E", 0),
+        ("F", 1),
+    ]
+
+
 @pytest.mark.parametrize(("unit", "amount"), [("tokens", 3), ("flops", 2 * 1000 * 5)])
 def test_a_budget_that_buys_nothing_at_run_time_fails_with_its_numbers(unit, amount):
     result = run_one("majority(samples=4)", amount, StepEngine(lambda *_: "A"), unit=unit)

@@ -25,6 +25,7 @@ async def best_of_n(
 ) -> list[Candidate]:
     """N independent samples, scored where there is a verifier; who is chosen among them is the rule's business."""
     candidates = await policy.sample(num_samples(budget, samples))
+    policy.keep(candidates)
     return await verifier.score(candidates) if verifier else candidates
 
 
@@ -42,6 +43,7 @@ async def adaptive_majority(
     most, drawn = num_samples(budget, samples), list[Candidate]()
     while len(drawn) < most:
         drawn += policy.answers(await policy.sample(min(batch, most - len(drawn))))
+        policy.keep(drawn)
         votes = Counter(c.answer for c in drawn if c.complete and c.answer is not None).most_common(2)
         if votes and ahead(votes[0][1], votes[1][1] if len(votes) > 1 else 0) >= certainty:
             break
@@ -61,7 +63,9 @@ async def adaptive_best_of_n(
     """Samples until the verifier gives one of them at least `certainty`, at most N."""
     most, drawn = num_samples(budget, samples), list[Candidate]()
     while len(drawn) < most:
-        drawn += await verifier.score(policy.answers(await policy.sample(min(batch, most - len(drawn)))))
+        new = policy.answers(await policy.sample(min(batch, most - len(drawn))))
+        policy.keep([*drawn, *new])
+        drawn += await verifier.score(new)
         if any(c.score is not None and c.score >= certainty for c in drawn if c.answer is not None):
             break
     return drawn

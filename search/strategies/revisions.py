@@ -56,6 +56,7 @@ async def beam_revisions(
     seeds = [c for c in ranked[: min(chains, num)] if c.complete]
     if not seeds:
         return ranked
+    policy.keep(ranked[len(seeds) :], for_good=True)
     return ranked[len(seeds) :] + await _revise(policy, verifier, [[c] for c in seeds], num // len(seeds), window)
 
 
@@ -78,8 +79,9 @@ async def searched_revisions(
     found: list[Candidate] = []
     for turn in range(num_beams(budget, samples, width) // width):
         starts = policy.start(width, attempts=shown[-window:])
-        tried = await grow(policy, verifier, [starts], top(width), max_rounds=max_rounds)
-        found += [replace(c, chain=turn) for c in tried]
+        tried = await grow(policy, verifier, [starts], top(width), max_rounds=max_rounds, chain=turn)
+        policy.keep(tried, for_good=True)
+        found += tried
         shown += sorted((c for c in tried if c.complete), key=lambda c: -(c.score or 0.0))[:1]
     return found
 
@@ -88,11 +90,14 @@ async def _revise(
     policy: Policy, verifier: Scorer | None, chains: Sequence[Chain], turns: int, window: int
 ) -> list[Candidate]:
     """`turns` more attempts in every chain; all attempts, turn by turn, scored where there is a verifier."""
+    attempts = [chain[0] for chain in chains]
+    policy.keep(attempts)
     for _ in range(turns):
         contexts = [[c for c in chain if c.complete][-window:] for chain in chains]
         starts = [policy.start(1, stream="revisions", attempts=context)[0] for context in contexts]
         starts = [replace(c, chain=chain[0].chain) for c, chain in zip(starts, chains, strict=True)]
         for chain, attempt in zip(chains, await policy.finish(starts), strict=True):
             chain.append(attempt)
-    attempts = [chain[turn] for turn in range(turns + 1) for chain in chains]
+            attempts.append(attempt)
+        policy.keep(attempts)
     return await verifier.score(attempts) if verifier else attempts

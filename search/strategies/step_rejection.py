@@ -39,15 +39,20 @@ async def step_rejection(
         best: dict[int, Candidate] = {}
         waiting = list(live)
         for _ in range(draws):
-            drawn = await verifier.score(await policy.step([policy.fork(c, 1)[0] for c in waiting]))
+            drawn = await policy.step([policy.fork(c, 1)[0] for c in waiting])
+            policy.keep([*ended, *best.values(), *drawn])  # until they are judged
+            drawn = await verifier.score(drawn)
             for c in drawn:
                 best[chain_of(c)] = max(best.get(chain_of(c), c), c, key=chance)
+            policy.keep([*ended, *best.values()])
             waiting = [c for c, d in zip(waiting, drawn, strict=True) if chance(d) < threshold]
             if not waiting:
                 break
         ended += [c for c in best.values() if not c.open]
         live = [c for c in best.values() if c.open]
-    return ended + await verifier.score(await policy.finish(live))
+    rest = await policy.finish(live)
+    policy.keep([*ended, *rest])
+    return ended + await verifier.score(rest)
 
 
 def chance(candidate: Candidate) -> float:

@@ -93,22 +93,24 @@ async def grow(
     max_rounds: int,
     lookahead: int = 0,
     distinct: bool = False,
+    chain: int = 0,
 ) -> list[Candidate]:
     """All trees to their ends, step by step and side by side: a tree has as many places as it starts candidates.
 
-    Returns every candidate that ended, scored, in the order of the trees (its `chain`).
+    Returns every candidate that ended, scored, in the order of the trees (its `chain`, counted from the one given).
     """
     places = [len(tree) for tree in trees]
-    live = [[replace(c, chain=t) for c in tree] for t, tree in enumerate(trees)]
+    live = [[replace(c, chain=chain + t) for c in tree] for t, tree in enumerate(trees)]
     ended: list[list[Candidate]] = [[] for _ in trees]
     for _ in range(max_rounds):
         flat = [candidate for tree in live for candidate in tree]
         if not flat:
             break
-        grown_all = distinct_ends(flat, await policy.step(flat))
-        stepped = await _scored(policy, verifier, grown_all, lookahead)
+        stepped = distinct_ends(flat, await policy.step(flat))
+        policy.keep([*(c for tree in ended for c in tree), *stepped])
+        stepped = await _scored(policy, verifier, stepped, lookahead)
         for t in range(len(trees)):
-            grown = [c for c in stepped if c.chain == t]
+            grown = [c for c in stepped if c.chain == chain + t]
             ended[t] += [c for c in grown if not c.open]
             still = [c for c in grown if c.open]
             if distinct:
@@ -116,8 +118,10 @@ async def grow(
             counts = allocate([c.score or 0.0 for c in still], places[t] - len(ended[t])) if still else []
             live[t] = [child for c, num in zip(still, counts, strict=True) if num for child in policy.fork(c, num)]
     flat = [candidate for tree in live for candidate in tree]  # max_rounds is over
-    rest = await verifier.score(distinct_ends(flat, await policy.finish(flat)))
-    return [c for t, tree in enumerate(ended) for c in (*tree, *(c for c in rest if c.chain == t))]
+    rest = distinct_ends(flat, await policy.finish(flat))
+    policy.keep([*(c for tree in ended for c in tree), *rest])
+    rest = await verifier.score(rest)
+    return [c for t, tree in enumerate(ended, chain) for c in (*tree, *(c for c in rest if c.chain == t))]
 
 
 def distinct_ends(before: Sequence[Candidate], after: Sequence[Candidate]) -> list[Candidate]:
