@@ -183,8 +183,8 @@ class TransformersEngine(Section):
     cache_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="prefix tokens whose keys and values are kept between the steps of a search; default: batch_tokens, "
-        "but at most 1 GiB a process on CPUs and a quarter of the free memory on GPUs",
+        description="prefix tokens whose keys and values are kept between the steps of a search; default: "
+        "batch_tokens, but at most 1 GiB a process on CPUs and a quarter of the free memory on GPUs",
     )
     processes: int = Field(
         default=1, ge=0, description="on CPUs: processes that share a stage's shards, 0 for one a core; for tiny models"

@@ -221,6 +221,7 @@ class Request:
     temperature: float
     key: int  # 64 bits
     stop: str | None = None  # end with the token that completes this text; None: only EOS and length end it
+    resumable: bool = False  # where it stops, the search may go on: worth keeping in a cache. Changes no token
 
 
 @dataclass(frozen=True, slots=True)

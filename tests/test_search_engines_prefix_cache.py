@@ -83,7 +83,7 @@ def test_forks_share_what_they_have_in_common() -> None:
         assert len(known) == 50
         assert add(cache, prefix, known)
     cache.end()
-    assert len(cache._free) == 100 - 50 - 10 * 2
+    assert cache.num_used == 50 + 10 * 2
 
 
 def test_the_oldest_goes_first_and_what_is_used_stays() -> None:

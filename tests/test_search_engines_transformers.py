@@ -240,7 +240,7 @@ def test_a_shared_prefix_is_prefilled_once(engine: TransformersEngine, folder) -
 
 def tree(engine: TransformersEngine, forks: int = 2) -> tuple[list[list[Continuation]], list[int]]:
     """Three steps of every prompt, each forked; the answers of each call, and the tokens it prefilled."""
-    asked = requests(engine, samples=4, stop="1", max_new_tokens=12, temperature=2.0)
+    asked = requests(engine, samples=4, stop="1", max_new_tokens=12, temperature=2.0, resumable=True)
     calls: list[list[Continuation]] = []
     for _ in range(3):
         found = engine.extend(asked)
@@ -281,6 +281,19 @@ def test_more_samples_of_a_prompt_cost_its_last_token(folder) -> None:
     assert [c.ids for c in engine.extend(second)] == [c.ids for c in load(folder, cache_tokens=0).extend(second)]
 
 
+def test_ends_that_nobody_continues_are_not_kept(folder) -> None:
+    """Few-shot answers end at a text too. Their prompts stay: another call may ask for more answers."""
+    engine = load(folder)
+    first = engine.extend(requests(engine, samples=4, stop="1", temperature=2.0))
+    assert any(c.finish is Finish.STOP and len(c.ids) > 1 for c in first)
+    prompts = {ids_of(engine, prompt) for prompt in PROMPTS}
+    assert engine.cache.num_used == sum(map(len, prompts))
+    assert all(prompt in engine.cache for prompt in prompts)
+    more = engine.extend(requests(engine, samples=4, stop="1", temperature=2.0, key=5))
+    assert sum(c.prefilled_tokens for c in more) == len(PROMPTS)
+    assert engine.cache.num_used == sum(map(len, prompts))
+
+
 @pytest.mark.parametrize("cache_tokens", [1, 7, 30, 60, 150])
 def test_a_cache_too_small_changes_nothing(folder, cache_tokens: int) -> None:
     small = load(folder, cache_tokens=cache_tokens, max_batch_rows=6)
@@ -299,7 +312,7 @@ def test_a_reset_engine_is_like_a_new_one(folder) -> None:
 def test_a_full_gpu_does_without_the_cache(folder, monkeypatch) -> None:
     engine = load(folder)
     expected = tree(load(folder, cache_tokens=0))[0]
-    first = engine.extend(requests(engine, samples=4, stop="1", max_new_tokens=12, temperature=2.0))
+    first = engine.extend(requests(engine, samples=4, stop="1", max_new_tokens=12, temperature=2.0, resumable=True))
     assert spoken([first]) == spoken(expected[:1])
     model, left = engine.model, [3]
 

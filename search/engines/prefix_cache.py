@@ -38,6 +38,10 @@ class PrefixCache:
     def written(self) -> bool:
         return bool(self._pool)
 
+    @property
+    def num_used(self) -> int:
+        return self.capacity - len(self._free)
+
     def bound(self, layers: Layers, num_bytes: int) -> None:
         """Before anything is kept: no more slots than `num_bytes` hold of tokens like those of the layers."""
         assert not self._kept, "bounded in use"

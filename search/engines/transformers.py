@@ -293,16 +293,18 @@ class _Decoding:
         writing.finish()
 
     def _keep_steps(self, rows: Sequence[int], places: Iterable[int], cache: DynamicCache) -> None:
-        """Those of `rows` at the given places of the batch that ended with a step. The last token was not yet run."""
+        """Those of `rows` at the given places of the batch that may be gone on from. The last token was not yet run."""
         store = self.engine.cache
         if not store.capacity:
             return
         writing, ended, lengths = _Writing(store, cache), self.ended.tolist(), self.lengths.tolist()
         for place in places:
             row, number = rows[place], self.group_of[rows[place]]
+            if ended[row] != _STOP or not self.requests[row].resumable:
+                continue
             group, num_new = self.batch[number], lengths[row] - 1
             prefix = group.prefix + tuple(self.ids[row, :num_new].tolist())
-            if ended[row] != _STOP or prefix in writing or prefix in store:
+            if prefix in writing or prefix in store:
                 continue
             num_rest = 0 if number in self.slots else group.num_new
             fresh = store.allocate(num_rest + num_new)

@@ -86,7 +86,7 @@ def by_steps(
     live = [[prompt] * N for prompt in prompts]
     for depth in range(ROUNDS):
         asked = [
-            (i, Request(prefix, MAX_STEP, 1.0, key64(i, depth, n), "\n"))
+            (i, Request(prefix, MAX_STEP, 1.0, key64(i, depth, n), "\n", resumable=True))
             for i, prefixes in enumerate(live)
             for n, prefix in enumerate(prefixes)
         ]
