@@ -23,13 +23,16 @@ from search.engines.reference import policy_path
 from search.evaluate import Outcomes, joined, pool_figures, read_outcomes, reduce_pool
 from search.evaluate import PoolFigures as Figures
 from search.strategies import SCORED_VOTES, VOTES, Spec
+from search.thresholds import GRID, needs_fit
 from search.types import Budget, Problem, Spend
 
 SHARD_SAMPLES = 4000  # about as many answers are committed together
-_DECIDES = (
-    *("strategies", "verifiers", "tasks"),
-    *("answers.py", "grading.py", "policy.py", "prompts.py", "randomness.py", "run.py"),
+_ONLY_SPEED = frozenset(  # settings of engines that decide no result
+    {"device", "batch_tokens", "max_batch_rows", "cache_tokens", "processes"}
+    | {"tensor_parallel", "gpu_memory_fraction", "kv_cache_gib", "max_num_seqs", "block_size", "enforce_eager"}
+    | {"own_process", "url", "api_key_env", "max_concurrency", "timeout_s", "retries", "backoff_s"}
 )
+_OF_A_MODEL = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})  # weights, chat template, vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +85,34 @@ class Cell:
 class Store:
     """The folders of one model on one set of problems."""
 
-    def __init__(self, root: Path, config: Config, policy: Path, split: str, problems: Sequence[Problem], num: int):
-        """`num`: processes that will share the problems, where shards are new."""
+    def __init__(
+        self,
+        root: Path,
+        config: Config,
+        policy: Path,
+        split: str,
+        problems: Sequence[Problem],
+        num: int,
+        fit: Sequence[Problem] = (),
+    ):
+        """`num`: processes that will share the problems, where shards are new. `fit`: where thresholds are fitted."""
         self.root = root
         self._problems = problems
         self._processes = num
-        rows = [[p.key, p.question, p.answer] for p in problems]
         hidden = {"path", "test_path", "grader_workers"}
         self._identity: dict[str, Any] = {
             "code": _code(),
             "model": fingerprint(policy, config),
-            "engine": config.engine.type,
+            "engine": config.engine.model_dump(mode="json", exclude=set(_ONLY_SPEED)),
             "dtype": config.model.dtype,
             "task": config.task.model_dump(mode="json", exclude=hidden),
             "sampling": config.sampling.model_dump(mode="json"),
             "seed": [config.loop.seed, "evaluate", split],
-            "problems": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+            "problems": _hash_problems(problems),
             "num_problems": len(problems),
         }
         self._verifier = config.verifier.model_dump(mode="json")
+        self._fit = {"fitted_on": _hash_problems(fit), "grid": list(GRID)}
 
     def search(self, spec: Spec, budget: Budget, fingerprint: str | None) -> Cell:
         """A strategy's own search. `fingerprint` of the verifier that it asks; None: it asks none."""
@@ -109,11 +121,14 @@ class Store:
         name = f"{plain} @ {budget.amount:g}" + ("" if budget.unit == "samples" else f" {budget.unit}")
         asked = {"fingerprint": fingerprint, **self._verifier} if fingerprint is not None else None
         what = {"strategy": plain, "unit": budget.unit, "amount": budget.amount, "verifier": asked}
+        what |= self._fit if needs_fit(spec) else {}
         return self._cell(name, what, strategy=plain, unit=budget.unit, amount=budget.amount, verified=bool(asked))
 
     def pool(self, num: int) -> list[Cell]:
         """The blocks that hold the first `num` independent samples of every problem: those there, and what lacks."""
-        known = [(row["first"], row["amount"], done) for row, done in self._known() if "first" in row]
+        stored = [(row, list(folder.glob("shard-*.jsonl"))) for folder, row in self._known() if "first" in row]
+        whole = len(self._problems)
+        known = [(row["first"], row["amount"], sum(map(count_lines, s)) == whole) for row, s in stored if s]
         blocks: list[Cell] = []
         drawn = 0
         while drawn < num:
@@ -152,13 +167,26 @@ class Store:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return Cell(folder, name, shard_problems=stored["shard_problems"], **fields)
 
-    def _known(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """What is stored of this model on these problems, and whether it is complete."""
+    def forget(self, cells: Sequence[Cell]) -> None:
+        """Delete what is stored of these, and the scores of their samples by any verifier, so that it is done again."""
+        blocks = [[cell.first, cell.amount] for cell in cells if not cell.strategy and not cell.scores]
+        scores = [folder for folder, row in self._known() if row.get("scores") in blocks]
+        for folder in {*scores, *(cell.folder for cell in cells)}:
+            files = [
+                *folder.glob("shard-*"),
+                *folder.glob("result*.json"),
+                folder / "timing.jsonl",
+                folder / "fit.json",
+            ]
+            for path in files:
+                path.unlink(missing_ok=True)
+
+    def _known(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The folders of this model on these problems, and what was hashed of each."""
         for path in sorted(self.root.glob("*/cell.json")):
             row = json.loads(path.read_text(encoding="utf-8"))
-            shards = list(path.parent.glob("shard-*.jsonl"))
-            if shards and all(row.get(name) == value for name, value in self._identity.items()):
-                yield row, sum(map(count_lines, shards)) == len(self._problems)
+            if all(row.get(name) == value for name, value in self._identity.items()):
+                yield path.parent, row
 
 
 # ---------------------------------------------------------------- reading
@@ -213,18 +241,11 @@ def count_lines(path: Path) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(functools.partial(file.read, 1 << 20), b""))
 
 
-def forget(cells: Sequence[Cell]) -> None:
-    """Delete what is stored of these, so that it is done again."""
-    for cell in cells:
-        for path in [*cell.folder.glob("shard-*"), *cell.folder.glob("result*.json"), cell.folder / "timing.jsonl"]:
-            path.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------- what decides
 
 
 def fingerprint(policy: Path, config: Config) -> str:
-    """Of the policy: its weights, its configuration and tokenizer; for a server what it is asked for."""
+    """Of the policy: its weights, its configuration, tokenizer and chat template; for a server what it is asked for."""
     source = policy_path(policy)
     folder = Path(source)
     digest = hashlib.sha256()
@@ -232,7 +253,7 @@ def fingerprint(policy: Path, config: Config) -> str:
         if not place.is_dir():
             digest.update(f"{place}@{config.model.revision}".encode())
             continue
-        for path in sorted(p for p in place.iterdir() if p.is_file() and p.suffix in (".safetensors", ".json")):
+        for path in sorted(p for p in place.iterdir() if p.is_file() and p.suffix in _OF_A_MODEL):
             digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     if config.engine.type == "server":
         digest.update(f"{config.engine.url} {config.engine.model} {config.engine.policy}".encode())
@@ -244,11 +265,21 @@ def _base_of_adapter(folder: Path) -> list[Path]:
     return [Path(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])] if path.is_file() else []
 
 
+def _hash_problems(problems: Sequence[Problem]) -> str:
+    rows = [[p.key, p.question, p.answer] for p in problems]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def sources() -> list[Path]:
+    """The code that decides what a search gives."""
+    flows = Path(__file__).resolve().parent
+    return [flows / "eval_run.py", *sorted((flows.parent / "search").rglob("*.py"))]
+
+
 @functools.cache
 def _code() -> str:
-    """Hash of the source that decides what a search gives: what other code left is not reused."""
-    root = Path(__file__).resolve().parent.parent / "search"
+    """What other code left is not reused."""
     digest = hashlib.sha256()
-    for path in sorted(p for name in _DECIDES for p in [root / name, *(root / name).glob("*.py")] if p.is_file()):
-        digest.update(f"{path.relative_to(root)}\0{sha256_file(path)}\n".encode())
+    for path in sources():
+        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()[:16]

@@ -96,9 +96,11 @@ def evaluate_model(
     root = runs_dir / config.loop.name / "eval"
     root.mkdir(parents=True, exist_ok=True)
     with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
-        store = Store(root, config, policy, split, problems, num_processes(config))
-        searches = _Searches(store, items, verifier.facts.fingerprint if verifier else None)
         fit = _problems(task, "fit", NUM_FIT, runs_dir / config.loop.name)
+        store = Store(root, config, policy, split, problems, num_processes(config), fit)
+        searches = _Searches(store, items, verifier.facts.fingerprint if verifier else None)
+        if request.fresh:
+            store.forget(searches.cells)
         _search(config, policy, split, problems, fit, searches.cells, request)
         rows, curves, num_ungraded = searches.rows({p.key: i for i, p in enumerate(problems)})
     _tell_unfinished(rows, len(problems), request.max_tokens)
@@ -223,8 +225,6 @@ def _search(
     request: Request,
 ) -> None:
     """Do what the cells lack; their folders hold it then. `fit`: problems on which thresholds are fitted."""
-    if request.fresh:
-        eval_store.forget(cells)
     lacking = [cell for cell in cells if cell.num_stored() < len(problems)]
     if len(lacking) < len(cells):
         there = f"{len(cells) - len(lacking)} of {len(cells)} searches are there already"
