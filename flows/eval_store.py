@@ -22,11 +22,12 @@ from flows.artefacts import atomic_write, sha256_file, sha256_json
 from search.engines.reference import policy_path
 from search.evaluate import Outcomes, joined, pool_figures, read_outcomes, reduce_pool
 from search.evaluate import PoolFigures as Figures
-from search.strategies import SCORED_VOTES, VOTES, Spec
+from search.strategies import VOTES, Spec
 from search.thresholds import GRID, needs_fit
 from search.types import Budget, Problem, Spend
 
 SHARD_SAMPLES = 4000  # about as many answers are committed together
+_SCORING = 0.05  # of the work of drawing an answer, about
 _ONLY_SPEED = frozenset(  # settings of engines that decide no result
     {"device", "batch_tokens", "max_batch_rows", "cache_tokens", "processes"}
     | {"tensor_parallel", "gpu_memory_fraction", "kv_cache_gib", "max_num_seqs", "block_size", "enforce_eager"}
@@ -53,7 +54,7 @@ class Cell:
     @property
     def weight(self) -> float:
         """Answers' worth of work on a problem, about."""
-        return 0.0 if self.scores else self.amount if self.unit == "samples" else 1.0
+        return self.amount * (_SCORING if self.scores else 1.0) if self.unit == "samples" else 1.0
 
     @property
     def budget(self) -> Budget:
@@ -116,8 +117,8 @@ class Store:
 
     def search(self, spec: Spec, budget: Budget, fingerprint: str | None) -> Cell:
         """A strategy's own search. `fingerprint` of the verifier that it asks; None: it asks none."""
-        asks = spec.entry.needs or spec.vote not in SCORED_VOTES
-        plain = Spec(spec.name, spec.options).text if asks else spec.text  # how answers vote is no part of a search
+        bare = Spec(spec.name, spec.options)
+        plain = bare.text if bare.needs == spec.needs else spec.text  # how answers vote is no part of a search
         name = f"{plain} @ {budget.amount:g}" + ("" if budget.unit == "samples" else f" {budget.unit}")
         asked = {"fingerprint": fingerprint, **self._verifier} if fingerprint is not None else None
         what = {"strategy": plain, "unit": budget.unit, "amount": budget.amount, "verifier": asked}

@@ -34,7 +34,7 @@ from search.evaluate import SCORED_RULES
 from search.run import Progress
 from search.sets import read_problems, write_problems
 from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
-from search.strategies import SCORED_VOTES, Spec, parse, parse_list
+from search.strategies import Spec, parse, parse_list
 from search.tasks import load_task
 from search.thresholds import GRID, needs_fit, with_threshold
 from search.types import Budget, Problem, Spend, Task, VerifierFacts
@@ -74,7 +74,7 @@ class Item:
 
     @property
     def scored(self) -> bool:
-        return bool(self.spec.entry.needs) or self.spec.vote in SCORED_VOTES
+        return bool(self.spec.needs)
 
 
 def evaluate_model(

@@ -62,7 +62,8 @@ def round_plan(config: Config) -> Plan:
             f"search.probe_samples = {settings.probe_samples} being plain ones: {error}"
         ) from error
     strategy = functools.partial(_probed, num_plain=settings.probe_samples, strategy=inner.strategy)
-    return Plan(f"plain({settings.probe_samples}) + {inner.name}", strategy, budget, gold_or(inner.rule))
+    name = f"plain({settings.probe_samples}) + {inner.name}"
+    return Plan(name, strategy, budget, gold_or(inner.rule), inner.scored)
 
 
 def _pool_plan(config: Config, spec: Spec, budget: Budget) -> Plan:
@@ -78,7 +79,8 @@ def _pool_plan(config: Config, spec: Spec, budget: Budget) -> Plan:
         rule = rule if spec.vote else answers.majority
     else:
         spec.plan(budget, facts)  # raises where it needs a verifier
-    return Plan(f"{spec.name}({num})", _strategy(spec), Budget("samples", num), gold_or(rule))
+    name = f"{spec.name}({num})"
+    return Plan(name, _strategy(spec), Budget("samples", num), gold_or(rule), bool(spec.needs))
 
 
 def _strategy(spec: Spec) -> Any:
@@ -92,13 +94,13 @@ def _facts(config: Config) -> VerifierFacts | None:
 
 def asks_verifier(config: Config) -> bool:
     """Whether the round's strategy is given the configured verifier."""
-    return bool(parse(config.search.strategy).entry.needs) and config.verifier.type != "none"
+    return bool(parse(config.search.strategy).needs) and config.verifier.type != "none"
 
 
 def is_plain(strategy: str, verifier: str) -> bool:
     """Does a search of this kind draw independent samples and nothing else, at no other cost?"""
-    entry = parse(strategy).entry
-    return bool(entry.pool) and (not entry.needs or verifier == "none")
+    spec = parse(strategy)
+    return bool(spec.entry.pool) and (not spec.needs or verifier == "none")
 
 
 def gold_or(rule: Rule) -> Rule:

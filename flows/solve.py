@@ -203,7 +203,7 @@ def make_plan(config: Config, asked: Question, problem: Problem, verifier: Verif
     spec = strategies.parse(asked.strategy or config.search.strategy)
     if asked.strategy is None and (verifier is None or spec.name == "pass") and spec.name in WITHOUT_SCORES:
         spec = strategies.Spec(WITHOUT_SCORES[spec.name], spec.options)
-    if config.verifier.type == "oracle" and problem.answer is None:
+    if spec.needs and config.verifier.type == "oracle" and problem.answer is None:
         raise ConfigError(
             "verifier.type = 'oracle' scores by the gold answer, and this question has none: set verifier.type=none, "
             "or ask a question of the task's file"

@@ -45,6 +45,7 @@ class Plan:
     strategy: Strategy
     budget: Budget
     rule: Rule
+    scored: bool = True  # False: the strategy and the rule need no scores, and no verifier is paid
 
 
 def search(
@@ -103,7 +104,7 @@ async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Ve
     longest = sampler.engine.facts.max_length
     if len(policy.prompt_ids) >= longest:
         return [], f"its prompt has {len(policy.prompt_ids)} tokens, and the model's context only {longest}"
-    scorer = Scorer(verifier, policy, sampler.task.step_delimiter) if verifier else None
+    scorer = Scorer(verifier, policy, sampler.task.step_delimiter) if verifier and plan.scored else None
     try:
         return await plan.strategy(policy.problem, policy, scorer, plan.budget), None
     except BudgetExceeded as error:

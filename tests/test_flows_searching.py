@@ -102,6 +102,7 @@ def test_which_searches_drew_plain_samples_alone():
     assert is_plain("best_of_n", "none")
     assert is_plain("majority", "oracle"), "it does not ask the verifier"
     assert not is_plain("best_of_n", "oracle"), "the verifier costs"
+    assert not is_plain("majority(vote=highest)", "oracle"), "its vote asks the verifier"
     assert not is_plain("beam(width=2)", "oracle")
     assert not is_plain("adaptive_majority", "none"), "when it stops depends on what it drew"
 

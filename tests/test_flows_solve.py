@@ -214,7 +214,8 @@ def test_a_question_of_the_file_comes_with_its_answer_but_the_oracle_needs_one(c
         assert unknown.answer is None
         oracle = load.parse(chat_config.model_dump(mode="json") | {"verifier": {"type": "oracle"}})
         with pytest.raises(ConfigError, match="scores by the gold answer, and this question has none"):
-            solve.make_plan(oracle, Question("x"), unknown, None)
+            solve.make_plan(oracle, Question("x", "best_of_n"), unknown, None)
+        assert not solve.make_plan(oracle, Question("x", "majority"), unknown, None).scored
     finally:
         task.close()
 

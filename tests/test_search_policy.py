@@ -107,6 +107,14 @@ def test_votes_without_scores_pay_no_verifier():
         assert result.spend.verifier_tokens == len(verifier.log) == 0
 
 
+def test_votes_without_scores_pay_no_verifier_where_the_tokens_run_out_either():
+    verifier = by_score({})
+    strategy = "adaptive_majority(samples=8, batch=1, certainty=1)"
+    result = run_one(strategy, 5, StepEngine(by_table({"": ["A"]})), verifier, unit="tokens")
+    assert texts(result) == ["A", "A"]
+    assert result.spend.verifier_tokens == len(verifier.log) == 0
+
+
 def test_the_ideal_cost_of_whole_answers_counts_a_shared_beginning_once():
     table = {"": ["a\n"], "a\n": ["A", "B"]}
     spend = run_one("best_of_n", 2, StepEngine(by_table(table)), by_score({})).spend

@@ -18,7 +18,7 @@ from typing import Any
 from search import answers
 from search.answers import Rule
 from search.errors import ConfigError
-from search.run import Plan, Strategy
+from search.run import Plan
 from search.strategies.best_of_n import adaptive_best_of_n, adaptive_majority, best_of_n, greedy
 from search.strategies.revisions import beam_revisions, revisions, searched_revisions
 from search.strategies.sizes import half_of, num_beams, num_samples
@@ -105,30 +105,27 @@ class Spec:
     def rule(self) -> Rule:
         return VOTES[self.vote] if self.vote else self.entry.rule
 
+    @property
+    def needs(self) -> str:
+        """The verifier that the strategy or its vote asks: "" none, "outcome" any, "process" one that scores steps."""
+        return self.entry.needs or ("outcome" if self.vote in SCORED_VOTES else "")
+
     def plan(self, budget: Budget, verifier: VerifierFacts | None = None, *, rule: Rule | None = None) -> Plan:
         """What is run on every problem. Raises BudgetError for a budget that cannot buy one unit of it, ConfigError
         where it needs another verifier."""
-        needs = self.entry.needs or ("outcome" if self.vote in SCORED_VOTES else "")
-        if needs and verifier is None:
+        if self.needs and verifier is None:
             raise ConfigError(
                 f"{self.text} needs a verifier: set verifier.type, or use one of "
                 f"{', '.join(name for name, entry in STRATEGIES.items() if not entry.needs)}"
             )
-        if needs == "process" and verifier is not None and not verifier.process:
+        if self.needs == "process" and verifier is not None and not verifier.process:
             raise ConfigError(f"{self.name} needs a verifier that scores steps; this one scores finished answers only")
         if self.options.get("threshold") == FIT:
             raise ConfigError(f"{self.text}: the threshold has to be fitted first; give a number, as in threshold=0.5")
         self.entry.check(budget, defaults(self.entry.function) | dict(self.options))
         strategy = functools.partial(self.entry.function, **self.options)
-        if not needs:
-            strategy = _unscored(strategy)
         amount = f"{budget.amount:g}" + ("" if budget.unit == "samples" else f" {budget.unit}")
-        return Plan(f"{self.text} @ {amount}", strategy, budget, rule or self.rule)
-
-
-def _unscored(strategy: Strategy) -> Strategy:
-    """The strategy as if there were no verifier: what nobody asks for is not paid for."""
-    return lambda problem, policy, verifier, budget: strategy(problem, policy, None, budget)
+        return Plan(f"{self.text} @ {amount}", strategy, budget, rule or self.rule, scored=bool(self.needs))
 
 
 def parse(text: str) -> Spec:
