@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -481,6 +482,20 @@ def test_progress_tells_problems_tokens_and_steps(scripted, tmp_path, monkeypatc
     assert info["problems"] == "60/60"  # of both searches
     assert all(a[0] <= b[0] and a[2]["tokens"] <= b[2]["tokens"] for a, b in itertools.pairwise(told))
     assert info["steps"] > 30 * 4
+
+
+def test_scores_of_samples_that_are_there_are_shared_and_seen(run, scripted, tmp_path, monkeypatch):
+    run(Request((4,), "majority"), noise=0.1)
+    told = []
+    monkeypatch.setattr(evaluation, "_bar", lambda what: _bar(told))
+    run(Request((4,), "best_of_n"), noise=0.1)
+    done, total, _ = told[-1]
+    assert 0 < done == total < 30 * 4 / 10
+    config = scripted(noise=0.1)
+    store = Store(tmp_path / "two", config, tmp_path / "model", "validation", [], 2)
+    block = replace(store.pool(4)[0], shard_problems=5)
+    assigned = eval_run.assign(eval_run.shards_of([store.scores(block, "v")], 30), 2)
+    assert [len(shards) for shards in assigned] == [3, 3]
 
 
 def test_progress_tells_the_fit_too(scripted, tmp_path, monkeypatch):
