@@ -152,7 +152,9 @@ def test_cancelling_some_of_one_request(serve, connect, tokenizer) -> None:
     tickets = engine.submit(alike(tokenizer, 4))
     wait_until(lambda: server.num_running == 1)
     engine.cancel(tickets)
-    assert [c.finish for _, c in engine.collect()] == [Finish.CANCELLED] * 4
+    dropped = [c for _, c in engine.collect()]
+    assert [c.finish for c in dropped] == [Finish.CANCELLED] * 4
+    assert sum(c.prefilled_tokens for c in dropped) == len(alike(tokenizer, 4)[0].prefix)
     gate.set()
 
 
@@ -164,6 +166,18 @@ def test_cached_tokens_are_counted(serve, connect, tokenizer) -> None:
     assert (found.prefilled_tokens, found.cached_tokens) == (1, len(request.prefix) - 1)
     plain = connect(serve()).extend([request])[0]
     assert (plain.prefilled_tokens, plain.cached_tokens) == (len(request.prefix), 0)
+
+
+@pytest.mark.parametrize("switches", [{}, {"caches": True}, {"no_usage": True}], ids=str)
+def test_answers_of_one_request_share_its_prefix(switches, serve, connect, tokenizer) -> None:
+    server = serve(**switches)
+    engine = connect(server, seeds=False)
+    asked = alike(tokenizer, 16)
+    num_prefix = len(asked[0].prefix)
+    found = engine.extend(asked)
+    assert [body["n"] for body in server.bodies] == [16]
+    first = (1, num_prefix - 1) if "caches" in switches else (num_prefix, 0)
+    assert [(c.prefilled_tokens, c.cached_tokens) for c in found] == [first] + [(0, num_prefix)] * 15
 
 
 def test_a_strict_server_gets_standard_fields_only(serve, connect, tokenizer) -> None:

@@ -26,7 +26,7 @@ from configs.schema import ServerEngine as ServerSettings
 from search.engines import server_model
 from search.engines.server_http import Client, Received, Refused
 from search.engines.server_probe import probe
-from search.engines.server_reply import Abilities, Dialect
+from search.engines.server_reply import Abilities, Dialect, sharing
 from search.engines.streaming import Answer, Streaming, refusal
 from search.errors import ConfigError, EngineError, ModelError
 from search.types import Capabilities, Continuation, Finish, Request
@@ -232,7 +232,7 @@ class ServerEngine(Streaming):
         read = [self._dialect.read(request, max_tokens, part) for part in parts]
         for reason in {reason for _, reason in read if reason is not None}:
             self._tell(f"the server's answer to a request cannot be used: {reason}")
-        return [continuation for continuation, _ in read]
+        return [sharing(continuation) if i else continuation for i, (continuation, _) in enumerate(read)]
 
     def _done(self, work: _Work, task: asyncio.Task[list[Continuation]]) -> None:
         self._num_running -= len(work.tickets)
@@ -240,7 +240,8 @@ class ServerEngine(Streaming):
             self._fail(error, work.tickets)
             return
         if task.cancelled():
-            found = [self._dialect.cancelled(work.request, work.received)] * len(work.tickets)
+            one = self._dialect.cancelled(work.request, work.received)
+            found = [one, *[sharing(one)] * (len(work.tickets) - 1)]
         else:
             found = task.result()
         for ticket, continuation in zip(work.tickets, found, strict=False):

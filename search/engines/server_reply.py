@@ -8,7 +8,7 @@ probabilities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from search.engines.server_http import Received
@@ -179,6 +179,12 @@ class Dialect:
 
     def _holds(self, ids: Sequence[int], num: int, stop: str) -> bool:
         return stop in self._tokenizer.decode(list(ids[:num]), skip_special_tokens=True)
+
+
+def sharing(continuation: Continuation) -> Continuation:
+    """The same, where an earlier answer of one reply is charged for the prefix that they share."""
+    num_prefix = continuation.prefilled_tokens + continuation.cached_tokens
+    return replace(continuation, prefilled_tokens=0, cached_tokens=num_prefix)
 
 
 def prompt_text(tokenizer: Any, ids: Sequence[int], abilities: Abilities) -> str:
