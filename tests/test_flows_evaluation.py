@@ -10,14 +10,12 @@ from dataclasses import replace
 import pytest
 
 from configs import load
-from flows import eval_run, eval_store, evaluation
+from flows import eval_run, evaluation
 from flows.eval_store import Store
 from flows.evaluation import Request, evaluate_model, plan
 from search.errors import BudgetError, ConfigError, EngineError, LockedError
 from search.results import read_results
-from search.strategies import parse
-from search.tasks import load_task
-from search.types import Budget, VerifierFacts
+from search.types import VerifierFacts
 
 PROCESS, OUTCOME = VerifierFacts("v", 0), VerifierFacts("v", 0, process=False)
 BOTH = Request((1, 4), "greedy,pass,majority")
@@ -271,29 +269,6 @@ def test_another_model_is_searched_anew(run, searched, tmp_path):
     assert sorted(searched) == [("greedy @ 1", 30), ("pool(4)", 30)]
 
 
-def test_what_only_makes_a_search_faster_is_no_part_of_what_it_is(tmp_path, scripted):
-    def folder(**engine):
-        config = scripted(engine={"type": "server"} | engine, model={"base": "served"})
-        return Store(tmp_path, config, tmp_path / "model", "validation", [], 1).pool(4)[0].folder
-
-    assert folder(max_concurrency=4, retries=0, timeout_s=5, backoff_s=1, api_key_env="KEY") == folder()
-    assert len({folder(), folder(max_length=64), folder(seeds=False), folder(extra_body={"top_k": 5})}) == 4
-
-
-@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "merges.txt"])
-def test_another_tokenizer_or_chat_template_is_another_model(tmp_path, scripted, name):
-    (tmp_path / "model" / name).write_text("one")
-    before = eval_store.fingerprint(tmp_path / "model", scripted())
-    (tmp_path / "model" / name).write_text("two")
-    assert eval_store.fingerprint(tmp_path / "model", scripted()) != before
-
-
-def test_all_code_that_decides_a_search_is_part_of_what_it_is():
-    names = {"/".join(path.parts[-2:]) for path in eval_store.sources()}
-    assert {"engines/transformers.py", "search/thresholds.py", "search/scheduler.py", "search/types.py"} <= names
-    assert {"strategies/trees.py", "verifiers/oracle.py", "tasks/countdown.py", "flows/eval_run.py"} <= names
-
-
 def test_fresh_samples_forget_all_scores_of_the_old_ones(run, tmp_path):
     run(Request((4,), "majority,best_of_n"), noise=0.1)
     scores = by_cell(tmp_path)["scores of 4 samples"]
@@ -412,22 +387,6 @@ def test_a_threshold_is_fitted_once_on_other_problems(run, tmp_path, capsys):
     assert json.loads(path.read_text())["marked"]  # not fitted again
     run(Request((4,), request.strategies, fresh=True), noise=0.0)
     assert json.loads(path.read_text()) == fitted
-
-
-def test_a_threshold_belongs_to_the_problems_and_the_grid_of_its_fit(tmp_path, scripted, monkeypatch):
-    task = load_task(scripted())
-    first, other = task.draw("fit", 5, stream="fit"), task.draw("fit", 5, stream="other")
-
-    def folder(fit, threshold="fit"):
-        store = Store(tmp_path, scripted(noise=0.1), tmp_path / "model", "validation", [], 1, fit)
-        return store.search(parse(f"step_rejection(threshold={threshold})"), Budget("samples", 4), "v").folder
-
-    fitted, given = folder(first), folder(first, 0.5)
-    assert folder(first) == fitted
-    assert folder(other) != fitted
-    assert folder(other, 0.5) == given
-    monkeypatch.setattr(eval_store, "GRID", (0.2, 0.4))
-    assert folder(first) != fitted
 
 
 def test_a_fit_leaves_no_engine_in_the_process_that_forks_afterwards(run, tmp_path, monkeypatch):
