@@ -139,29 +139,26 @@ def _result(
 
 
 def grade(task: Task, problems: Sequence[Problem], candidates_P_N: list[list[Candidate]]) -> list[list[Candidate]]:
-    """Every candidate with its answer and grade. One that is not complete is wrong, whatever it says."""
+    """Every candidate with its answer and grade. One that is not complete is wrong, and no grader sees it."""
     golden = [
         (problem, candidate.text)
         for problem, candidates in zip(problems, candidates_P_N, strict=True)
         for candidate in candidates
-        if problem.answer is not None
+        if problem.answer is not None and candidate.complete
     ]
-    verdicts = iter(task.grade(golden))
+    verdicts = iter(task.grade(golden) if golden else [])
     graded: list[list[Candidate]] = []
     for problem, candidates in zip(problems, candidates_P_N, strict=True):
         if problem.answer is not None:
-            graded.append([_graded(c, next(verdicts)) for c in candidates])
+            wrong = Graded(Grade.WRONG, None)
+            graded.append([_graded(c, next(verdicts) if c.complete else wrong) for c in candidates])
         else:  # nothing to grade against: the answers are read
-            found = task.answers([(problem, c.text) for c in candidates])
-            graded.append(
-                [replace(c, answer=a if c.complete else None) for c, a in zip(candidates, found, strict=True)]
-            )
+            found = iter(task.answers([(problem, c.text) for c in candidates if c.complete]))
+            graded.append([replace(c, answer=next(found) if c.complete else None) for c in candidates])
     return graded
 
 
 def _graded(candidate: Candidate, verdict: Graded) -> Candidate:
-    if not candidate.complete:
-        return replace(candidate, answer=None, grade=Grade.WRONG)
     return replace(candidate, answer=verdict.answer, grade=verdict.grade)
 
 

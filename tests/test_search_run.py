@@ -104,10 +104,24 @@ def test_grading_asks_the_task_once_for_all():
     assert task.calls == 1
 
 
-def test_what_is_not_complete_is_wrong_whatever_it_says():
-    cut = Candidate((1,), "A", Finish.LENGTH)
-    ((graded,),) = grade(LineTask(), [Problem("q", "q", "A")], [[cut]])
-    assert (graded.grade, graded.answer) == (Grade.WRONG, None)
+@pytest.mark.parametrize("answer", ["A", None])
+def test_what_is_not_complete_is_wrong_whatever_it_says_and_no_grader_sees_it(answer):
+    seen = []
+
+    class Watching(LineTask):
+        def answers(self, pairs):
+            seen.extend(text for _, text in pairs)
+            return super().answers(pairs)
+
+        def grade(self, pairs):
+            seen.extend(text for _, text in pairs)
+            return super().grade(pairs)
+
+    candidates = [Candidate((1,), "A", finish) for finish in (Finish.LENGTH, Finish.EOS, Finish.ERROR)]
+    (graded,) = grade(Watching(), [Problem("q", "q", answer)], [candidates])
+    assert [c.answer for c in graded] == [None, "A", None]
+    assert [c.grade for c in graded] == ([Grade.WRONG, Grade.CORRECT, Grade.WRONG] if answer else [None] * 3)
+    assert seen == ["A"]
 
 
 def test_a_grader_that_failed_makes_no_answer_wrong_or_right():
