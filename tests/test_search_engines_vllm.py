@@ -189,6 +189,49 @@ def test_what_is_cancelled_keeps_its_ids_and_its_counts(engine) -> None:
     assert {(c.ids, c.prefilled_tokens) for _, c in engine.collect()} == {((), 0)}
 
 
+def test_what_ended_in_an_interrupted_step_can_be_cancelled(engine, monkeypatch) -> None:
+    step = engine._llm.step
+
+    def interrupted():
+        if any(output.finished for output in step()):
+            raise KeyboardInterrupt
+        return []
+
+    asked = [replace(request, max_new_tokens=n) for request, n in zip(samples(engine, 2), (1, 200), strict=True)]
+    expected = engine.extend([replace(asked[1], temperature=0.0)])
+    tickets = engine.submit(asked)
+    monkeypatch.setattr(engine._llm, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.collect()
+    monkeypatch.undo()
+    engine.cancel(tickets)
+    found = dict(engine.collect())
+    assert found.keys() == set(tickets)
+    assert {c.finish for c in found.values()} == {Finish.CANCELLED}
+    assert found[tickets[0]].ids == ()
+    assert engine.collect() == []
+    assert facing(engine.extend([replace(asked[1], temperature=0.0)])) == facing(expected)
+
+
+def test_cancelling_while_the_core_dies_is_told_by_the_next_call(engine, monkeypatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    abort = engine._llm.abort_request
+
+    def dies(names, internal):
+        abort(names, internal=internal)
+        raise EngineDeadError
+
+    monkeypatch.setattr(engine, "_dead", None)  # alive again afterwards
+    monkeypatch.setattr(engine._llm, "abort_request", dies)
+    tickets = engine.submit(samples(engine, 3))
+    engine.cancel(tickets)
+    assert dict(engine.collect()).keys() == set(tickets)
+    for call in (engine.collect, engine.reset, lambda: engine.submit(samples(engine, 1))):
+        with pytest.raises(EngineError, match="vLLM ended in the middle"):
+            call()
+
+
 def test_bad_requests_end_alone(engine) -> None:
     good = samples(engine, 2, temperature=0.0)
     bad = [

@@ -120,7 +120,10 @@ class VllmEngine(Streaming):
         return tickets
 
     def cancel(self, tickets: Sequence[int]) -> None:
-        """Stop these; `collect` returns them with the ids they have. Those that finished are left alone."""
+        """Stop these; `collect` returns them with the ids they have. Those that finished are left alone.
+
+        Where vLLM has ended, the next call that needs it says so.
+        """
         if self._llm is None or self._dead is not None:
             return
         names: list[str] = []
@@ -129,12 +132,18 @@ class VllmEngine(Streaming):
             if flying is None:
                 continue
             names.append(flying.name)
-            state = self._llm.output_processor.request_states[flying.name]
+            state = self._llm.output_processor.request_states.get(flying.name)
+            if state is None:  # it ended in a step that was interrupted, and its ids with it
+                self._finished.append((ticket, Continuation((), Finish.CANCELLED, len(flying.request.prefix))))
+                continue
             ids = tuple(state.detokenizer.output_token_ids)
             cached = 0 if state.is_prefilling else state.num_cached_tokens
             prefilled = 0 if state.is_prefilling else len(flying.request.prefix) - cached
             self._finished.append((ticket, Continuation(ids, Finish.CANCELLED, prefilled, cached)))
-        self._llm.abort_request(names, internal=True)
+        try:
+            self._llm.abort_request(names, internal=True)
+        except Exception as error:  # noqa: BLE001 - whatever ends vLLM
+            self._ended(error)
 
     def reset(self) -> None:
         """Forget every prefix. Raises EngineError where vLLM has ended."""
