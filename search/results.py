@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from search.errors import DataError
-from search.types import SearchResult
+from search.types import SearchResult, Spend
 
 Paths = Path | Iterable[Path]
 
@@ -41,6 +41,32 @@ def write_results(results: Sequence[SearchResult], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def unfinished_path(shard: Path) -> Path:
+    return shard.with_suffix(".unfinished.json")
+
+
+def write_unfinished(spend: Spend, shard: Path) -> None:
+    """What the problems cost that the cap kept out of a shard, beside it; written before the shard, which ends it."""
+    path = unfinished_path(shard)
+    if spend == Spend():
+        path.unlink(missing_ok=True)  # of an attempt that never came to its shard
+        return
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(spend.to_json()) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_unfinished(shard: Path) -> Spend:
+    """What `write_unfinished` wrote. Raises DataError."""
+    path = unfinished_path(shard)
+    if not path.exists():
+        return Spend()
+    try:
+        return Spend(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def append_result(result: SearchResult, path: Path) -> None:

@@ -7,6 +7,7 @@ of an interrupted shard are kept and the rest is done. Memory holds one shard.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,14 @@ from pathlib import Path
 from search.answers import Rule
 from search.errors import BudgetExceeded, VerifierError
 from search.policy import Ask, Policy, Question, Sampler, Scorer
-from search.results import append_result, read_partial, read_results, write_results
+from search.results import (
+    append_result,
+    read_partial,
+    read_results,
+    read_unfinished,
+    write_results,
+    write_unfinished,
+)
 from search.scheduler import Tick, run_together
 from search.trace import Trace
 from search.types import (
@@ -58,13 +66,14 @@ def search(
     keep_unfinished: bool = False,
     on_tick: Callable[[Tick], None] | None = None,
     on_result: Callable[[SearchResult], None] | None = None,
+    on_unfinished: Callable[[Spend], None] | None = None,
     traces: Sequence[Trace] | None = None,
 ) -> list[SearchResult]:
     """Run the plan on all problems together and grade every candidate.
 
     A problem that `max_tokens` left unfinished is missing from the results, or with `keep_unfinished` has the answers
     that were finished; one that failed carries its reason and selects nothing. `on_result` gets each result as soon as
-    its problem is done. Raises EngineError.
+    its problem is done, and `on_unfinished` what those that are missing have cost. Raises EngineError.
     """
     if isinstance(sampler.engine, CachingEngine):  # a shard follows from its problems alone
         sampler.engine.reset()
@@ -96,6 +105,8 @@ def search(
     if not on_result:  # graded together, which is faster
         there = [i for i, found in enumerate(found_P) if found is not None]
         finished(there, [found for found in found_P if found is not None])
+    if on_unfinished:
+        on_unfinished(sum((p.spend for i, p in enumerate(policies) if i not in results), Spend()))
     return [results[i] for i in sorted(results)]
 
 
@@ -177,7 +188,8 @@ def run_shards(
     """Write `out/shard-00000.jsonl`, ... and return their spend. Shards already there are kept.
 
     `max_tokens`: a hard cap on the generated tokens; what is finished under it is written, and a shard that it left
-    incomplete is the last. `part` = (i, n): only every n-th shard from the i-th on, for process i of n.
+    incomplete is the last; what the unfinished cost is in the spend, and in a file beside it. `part` = (i, n): only
+    every n-th shard from the i-th on, for process i of n.
     `progress(done, total, tokens=, steps=)`.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -202,11 +214,11 @@ def run_shards(
             write_results(_shard(shard, plan, sampler, verifier, path, left, report), path)
             path.with_suffix(".partial").unlink(missing_ok=True)
         spends = [result.spend for result in read_results(path)]
-        total = sum(spends, total)
+        total = sum(spends, total + read_unfinished(path))
         done, steps = done + len(spends), steps + tick.steps
         if progress:
             progress(done, len(problems), tokens=total.generated_tokens, steps=steps)
-        if len(spends) < len(shard):  # the cap was met: what it cost beyond the finished ones is spent too
+        if len(spends) < len(shard):  # the cap was met
             break
     return total
 
@@ -222,8 +234,11 @@ def _shard(
 ) -> list[SearchResult]:
     """The results of one shard, in the order of its problems."""
     engine: Engine = sampler.engine
+    on_unfinished = functools.partial(write_unfinished, shard=path)
     if not isinstance(engine, StreamingEngine):
-        return search(problems, plan, sampler, verifier, max_tokens=max_tokens, on_tick=on_tick)
+        return search(
+            problems, plan, sampler, verifier, max_tokens=max_tokens, on_tick=on_tick, on_unfinished=on_unfinished
+        )
     partial = path.with_suffix(".partial")
     kept = {result.problem.key: result for result in read_partial(partial)}
     if max_tokens is not None:
@@ -236,6 +251,7 @@ def _shard(
         max_tokens=max_tokens,
         on_tick=on_tick,
         on_result=lambda result: append_result(result, partial),
+        on_unfinished=on_unfinished,
     )
     kept |= {result.problem.key: result for result in new}
     return [kept[p.key] for p in problems if p.key in kept]

@@ -10,7 +10,7 @@ from search import answers
 from search.errors import EngineError
 from search.policy import Sampler
 from search.randomness import key64
-from search.results import read_partial, read_results
+from search.results import read_partial, read_results, write_unfinished
 from search.run import grade, run_shards, search
 from search.strategies import parse
 from search.types import Budget, Candidate, Finish, Grade, Graded, Problem, SearchResult, Spend
@@ -262,9 +262,10 @@ def test_the_cap_holds_over_all_shards_and_what_is_finished_is_written(tmp_path,
     plain = chain_engine(0.8)
     engine = ShuffledStream(plain, 0) if streaming else plain
     spend = shards(engine, tmp_path, max_tokens=cap)
-    assert spend.generated_tokens <= sum(len(c.ids) for _, c in plain.log) <= cap
+    assert spend.generated_tokens == sum(len(c.ids) for _, c in plain.log) <= cap
     stored = list(read_results(tmp_path))
-    assert spend.generated_tokens == sum(r.spend.generated_tokens for r in stored)
+    assert spend.generated_tokens >= sum(r.spend.generated_tokens for r in stored)
+    assert shards(plain, tmp_path, max_tokens=cap) == spend  # read again
     assert len(stored) == len({r.problem.key for r in stored}) < len(PROBLEMS)
     whole = {r.problem.key: r for r in run_all("beam(width=2)", 4, chain_engine(0.8), PROBLEMS, judge(), task=TASK)}
     assert all(r.candidates == whole[r.problem.key].with_candidates(r.candidates).candidates for r in stored)
@@ -281,6 +282,26 @@ def test_what_the_unfinished_of_a_shard_cost_is_not_spent_again_in_the_next(tmp_
         assert sum(len(c.ids) for _, c in engine.log) <= cap
 
 
+def test_the_unfinished_of_a_capped_search_are_paid_for(tmp_path):
+    """Every problem has begun and none is finished: all of it is spent."""
+    engine = StepEngine(lambda *_: "AB")
+    plan = parse("adaptive_majority(batch=1, certainty=1, samples=30)").plan(Budget("samples", 30))
+    run = {"shard_problems": 6, "max_tokens": 60}
+    spend = run_shards(PROBLEMS, plan, sampler_of(engine, max_new_tokens=3), tmp_path, **run)
+    assert names(tmp_path) == ["shard-00000.jsonl", "shard-00000.unfinished.json"]
+    assert list(read_results(tmp_path)) == []
+    assert spend.generated_tokens == sum(len(c.ids) for _, c in engine.log) > 0
+    assert spend.flops_actual == 2 * 1000 * sum(len(c.ids) + c.prefilled_tokens for _, c in engine.log)
+    assert run_shards(PROBLEMS, plan, sampler_of(engine, max_new_tokens=3), tmp_path, **run) == spend
+
+
+def test_what_an_attempt_without_a_shard_left_behind_is_not_counted(tmp_path):
+    write_unfinished(Spend(generated_tokens=7), tmp_path / "shard-00000.jsonl")
+    spend = shards(chain_engine(0.8), tmp_path)
+    assert spend == shards(chain_engine(0.8), tmp_path / "clean")
+    assert not list(tmp_path.glob("*.unfinished.json"))
+
+
 def test_the_cap_counts_what_an_interrupted_attempt_finished(tmp_path):
     with pytest.raises(EngineError):
         shards(ShuffledStream(chain_engine(0.8), 0, num_answers=60), tmp_path, size=20, strategy="majority")
@@ -288,8 +309,9 @@ def test_the_cap_counts_what_an_interrupted_attempt_finished(tmp_path):
     assert kept > 0
     plain = chain_engine(0.8)
     spend = shards(ShuffledStream(plain, 1), tmp_path, size=20, strategy="majority", max_tokens=kept + 300)
-    assert 0 < sum(len(c.ids) for _, c in plain.log) <= 300
-    assert kept < spend.generated_tokens <= kept + 300
+    new = sum(len(c.ids) for _, c in plain.log)
+    assert 0 < new <= 300
+    assert spend.generated_tokens == kept + new
 
 
 def test_a_cap_that_was_met_stays_met_when_run_again(tmp_path):
