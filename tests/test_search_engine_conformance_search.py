@@ -30,6 +30,7 @@ from search.types import (
 )
 from tests import engine_zoo as zoo
 from tests.engine_zoo import MAX_LENGTH, Exhibit, Letters, greedy, natural, needs
+from tests.scripted_search import StepEngine
 
 
 def streaming(exhibit: Exhibit) -> StreamingEngine:
@@ -177,6 +178,16 @@ def test_a_search_gives_candidates_whose_ids_texts_and_steps_agree(exhibit: Exhi
         assert all(len(exhibit.text(c.ids[:end])) == text_end for end, text_end in ends)
         assert all("\n" in text for text in c.steps[:-1])
         assert c.finish in (Finish.EOS, Finish.LENGTH)
+
+
+def test_a_search_says_which_requests_it_may_go_on_from() -> None:
+    """Steps, not whole answers: those stop too where a few-shot prompt says what ends an answer."""
+    engine = StepEngine(lambda prompt, written, *_: "x\n" if written.count("\n") < 3 else "A;")
+    task: Any = Letters()
+    task.end_text = ";"
+    policy = Policy(PROBLEMS[0], Sampler(engine, task, 1.0, 40, (0, "zoo", "train")), PLAN.budget)
+    run_together([by_steps(PROBLEMS[0], policy, None, PLAN.budget)], engine)
+    assert {(r.stop, r.resumable) for r, _ in engine.log} == {("\n", True), (";", False)}
 
 
 def test_a_search_leaves_nothing_behind_that_the_next_would_notice(exhibit: Exhibit, tmp_path: Path) -> None:
