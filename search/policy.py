@@ -187,8 +187,10 @@ class Policy:
         """Each candidate `num_steps` greedy steps further, or to its end: to be scored and thrown away.
 
         Every rollout costs `num_steps` samples of its width, ended early or not (section 5.3: N (k + 1)).
-        Raises BudgetExceeded before spending anything.
+        Raises BudgetExceeded before spending anything; a rollout that the budget cannot pay to its end stops.
         """
+        if going := [c for c in candidates if c.open]:
+            self._affordable(going)
         rolled = [replace(c, key=key64(c.key, "lookahead")) for c in candidates]
         if self.trace:
             for candidate, copy in zip(candidates, rolled, strict=True):
@@ -202,7 +204,10 @@ class Policy:
             if not going:
                 break
             stop = self._sampler.task.step_delimiter
-            grown = await self._ask([rolled[i] for i in going], stop, 0.0, kind="lookahead")
+            try:
+                grown = await self._ask([rolled[i] for i in going], stop, 0.0, kind="lookahead")
+            except BudgetExceeded:  # scored where it is
+                break
             for i, candidate in zip(going, grown, strict=True):
                 rolled[i] = candidate
         return rolled

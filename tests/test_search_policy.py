@@ -253,6 +253,48 @@ def test_a_budget_that_buys_nothing_at_run_time_fails_with_its_numbers(unit, amo
     assert result.spend.generated_tokens == 0
 
 
+def look_ahead(tokens, num_steps):
+    engine = StepEngine(lambda *_: "x\n")
+    policy = policy_for(engine, Budget("tokens", tokens))
+
+    async def look():
+        candidates = await policy.step(policy.start(2))
+        before = policy.spend
+        try:
+            return await policy.look_ahead(candidates, num_steps), before
+        except BudgetExceeded:
+            return None, before
+
+    return *run(look(), engine), policy.spend
+
+
+def test_a_rollout_that_cannot_begin_is_not_charged():
+    rolled, before, after = look_ahead(5, 3)
+    assert rolled is None
+    assert before == after
+    assert before.generated_tokens == 4
+
+
+def test_a_rollout_that_cannot_be_paid_to_its_end_stops():
+    """Two rollouts of two tokens a step: 4 of 13 are spent before, and the third step has one left for two."""
+    rolled, _, after = look_ahead(13, 5)
+    assert [c.text for c in rolled] == ["x\n" * 3] * 2
+    assert all(c.open for c in rolled)
+    assert after.generated_tokens == 12
+
+
+def test_rollouts_of_what_has_ended_cost_nothing():
+    engine = StepEngine(lambda *_: "A")
+    policy = policy_for(engine, Budget("tokens", 4))
+
+    async def look():
+        ended = await policy.step(policy.start(2))
+        return ended, await policy.look_ahead(ended, 2)
+
+    ended, rolled = run(look(), engine)
+    assert [c.text for c in rolled] == [c.text for c in ended] == ["A", "A"]
+
+
 @pytest.mark.parametrize("budget", [Budget("samples", 3), Budget("tokens", 3), Budget("flops", 2_000 * (2 + 3))])
 def test_a_refused_call_spends_nothing(budget):
     engine = StepEngine(lambda *_: "A")
