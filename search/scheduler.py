@@ -7,6 +7,7 @@ engine is fed as soon as there is something to ask.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -49,9 +50,14 @@ def run_together(
         coroutines, engine, verifier, max_tokens, finish_at_cap, on_done, on_tick
     )
     try:
-        run.run()
-    finally:
+        try:
+            run.run()
+        except BaseException:
+            with contextlib.suppress(Exception):  # an engine that died cannot cancel either: why it died is told
+                run.stop()
+            raise
         run.stop()
+    finally:
         for coroutine in coroutines:
             coroutine.close()
     return [run.results.get(i) for i in range(len(coroutines))]

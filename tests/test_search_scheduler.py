@@ -218,6 +218,46 @@ def test_a_failing_strategy_closes_the_others_and_cancels_what_is_in_flight(stre
         assert engine.cancelled == [1, 2, 3]
 
 
+class Uncancellable(ShuffledStream):
+    def cancel(self, tickets):
+        raise EngineError("cancelling failed")
+
+
+def waiting(policy, closed):
+    async def wait():
+        try:
+            await policy.sample(3)
+        finally:
+            closed.append(policy.problem.key)
+
+    return wait()
+
+
+def test_what_broke_is_told_though_cleaning_up_breaks_too():
+    engine, closed = Uncancellable(StepEngine(lambda *_: "A"), 0), []
+
+    async def fails(policy):
+        await policy.sample(1)
+        raise ValueError("broken strategy")
+
+    with pytest.raises(ValueError, match="broken strategy"):
+        run_together([fails(policy_for("a", engine)), waiting(policy_for("b", engine), closed)], engine)
+    assert engine.flying  # there was something to cancel
+    assert closed == ["b"]
+
+
+def test_cleaning_up_that_breaks_alone_is_told_and_closes_all(monkeypatch):
+    engine, closed = StepEngine(lambda *_: "A" * 9), []
+
+    def broken(self):
+        raise EngineError("cancelling failed")
+
+    monkeypatch.setattr("search.scheduler._Batched.stop", broken)
+    with pytest.raises(EngineError, match="cancelling failed"):
+        run_together([waiting(policy_for(name, engine), closed) for name in "ab"], engine, max_tokens=1)
+    assert closed == ["a", "b"]
+
+
 def test_an_engine_that_dies_keeps_what_was_finished_before():
     done = []
     engine = ShuffledStream(StepEngine(lambda *_: "A"), 0, num_answers=7)
