@@ -219,6 +219,10 @@ def test_a_failing_strategy_closes_the_others_and_cancels_what_is_in_flight(stre
 
 
 class Uncancellable(ShuffledStream):
+    def _collect(self):
+        ticket = min(self.flying)
+        return [(ticket, self.engine.extend([self.flying.pop(ticket)])[0])]
+
     def cancel(self, tickets):
         raise EngineError("cancelling failed")
 
