@@ -292,8 +292,10 @@ def deploy(
     """Serve the round as a Prefect deployment on a schedule: one round of a loop at a time."""
     silence()
     from flows import deploy as module
+    from flows import searching
 
     parsed, name, given = _config(config, overrides, runs_dir)
+    searching.check(parsed)
     module.deploy(name, cron, runs_dir, given, timezone=timezone, loop=parsed.loop.name)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from search.answers import Rule
-from search.errors import BudgetExceeded, VerifierError
+from search.errors import BudgetError, BudgetExceeded, VerifierError
 from search.policy import Ask, Policy, Question, Sampler, Scorer
 from search.results import (
     append_result,
@@ -73,8 +73,14 @@ def search(
 
     A problem that `max_tokens` left unfinished is missing from the results, or with `keep_unfinished` has the answers
     that were finished; one that failed carries its reason and selects nothing. `on_result` gets each result as soon as
-    its problem is done, and `on_unfinished` what those that are missing have cost. Raises EngineError.
+    its problem is done, and `on_unfinished` what those that are missing have cost. Raises EngineError, and BudgetError
+    for a budget of FLOPs where the engine does not know how many a token costs.
     """
+    if plan.budget.unit == "flops" and not sampler.engine.facts.flops_parameters:
+        raise BudgetError(
+            "a budget of FLOPs means nothing to an engine that does not know its model's size: set "
+            "engine.flops_parameters, or give the budget in samples or tokens"
+        )
     if isinstance(sampler.engine, CachingEngine):  # a shard follows from its problems alone
         sampler.engine.reset()
     recorders: Sequence[Trace | None] = traces or [None] * len(problems)

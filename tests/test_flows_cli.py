@@ -143,6 +143,7 @@ def test_grade_writes_the_rows_back(tmp_path):
         (["round", "smoke", "--set", "search.sample=3"], 2, ["search.sample", "samples"]),
         (["round", "smoke", "--set", "search.samples=many"], 2, ["search.samples", "many"]),
         (["round", "smoke", "--set", "search.strategy=baem"], 2, ["'baem'", "did you mean beam?"]),
+        (["deploy", "smoke", "--set", "search.strategy=baem"], 2, ["'baem'", "did you mean beam?"]),
         (["loop", "smoke", "--set", "search.strategy=beam"], 2, ["beam needs a verifier", "verifier.type"]),
         (["round", "smoke", "--control", "none"], 2, ["--control none", "random or bootstrap"]),
         (["round", "smoke", "--nonsense"], 2, ["--nonsense"]),

@@ -198,3 +198,8 @@ def test_an_answer_is_no_longer_than_allowed_all_its_steps_together():
     (candidate,) = result.candidates
     assert (candidate.finish, len(candidate.ids)) == (Finish.LENGTH, 10)
     assert [request.max_new_tokens for request, _ in engine.log] == [10, 6, 2]
+
+
+def test_flops_without_a_size_of_the_model_are_no_budget():
+    with pytest.raises(BudgetError, match=r"engine\.flops_parameters"):
+        run_one("best_of_n(samples=2)", 1000, StepEngine(lambda *_: "A", parameters=0), judging(0), unit="flops")
