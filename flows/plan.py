@@ -131,14 +131,17 @@ def _draw(
     task: Task, config: Config, round_number: int, frozen: Path | None, outcomes: Mapping[str, Outcome]
 ) -> tuple[dict[str, list[Problem]], list[Problem] | None]:
     """The sets that the round would draw and, of a file, every problem that it could train on."""
+    guards = [problem for guard in config.gate.guards for problem in load_problems(task, guard.path)]
     if task.generated:
-        return draw_sets(task, config, round_number, frozen, outcomes), None
+        return draw_sets(task, config, round_number, frozen, outcomes, guards=guards), None
     unlimited = config.search.model_copy(update={"problems": sys.maxsize})
-    sets = draw_sets(task, config.model_copy(update={"search": unlimited}), round_number, frozen, {}, overlapping)
+    whole = config.model_copy(update={"search": unlimited})
+    sets = draw_sets(task, whole, round_number, frozen, {}, overlapping, guards)
     training = sets["search"]
     if frozen is None:  # round 0 will hold these out, and searches nothing itself
         first = task.problems("train")
-        alike = overlapping(first, [problem for name in HELD_OUT for problem in sets[name]])
+        alike = overlapping(first, [*guards, *(problem for name in HELD_OUT for problem in sets[name])])
+        alike |= {problem.key for problem in guards}
         training = [problem for problem in first if problem.key not in alike]
     return sets | {"search": take_slice(training, config.search.problems, outcomes)}, training
 

@@ -64,10 +64,12 @@ def problems(context: Context, inputs: Inputs, out: Path) -> None:
     task = load_task(context.config)
     outcomes = read_outcomes(path / "outcomes.json" for path in earlier(inputs, "search"))
     frozen = inputs.get("problems@000")
-    sets = draw_sets(task, context.config, context.round, frozen, outcomes, overlapping)
+    guards = {guard.name: load_problems(task, guard.path) for guard in context.config.gate.guards}
+    guarded = [problem for guard in guards.values() for problem in guard]
+    sets = draw_sets(task, context.config, context.round, frozen, outcomes, overlapping, guarded)
     counts = write_sets(task, sets, frozen, out)
-    for guard in context.config.gate.guards:
-        write_problems(load_problems(task, guard.path), out / f"guard-{guard.name}.jsonl")
+    for name, guard in guards.items():
+        write_problems(guard, out / f"guard-{name}.jsonl")
     rejected = getattr(task, "rejected", ())
     with (out / "rejected.jsonl").open("w", encoding="utf-8") as file:
         for row in rejected:

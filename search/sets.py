@@ -62,17 +62,18 @@ def draw_sets(
     frozen: Path | None,
     searched: Mapping[str, Outcome],
     overlapping: Overlapping = lambda training, held_out: set(),
+    guards: Sequence[Problem] = (),
 ) -> dict[str, list[Problem]]:
     """The sets of a round: "search" (empty in round 0), "fit", "validation", "gate", "test".
 
     `frozen` is round 0's folder of sets, None in round 0 itself. `overlapping` says which training problems of a file
-    are too like a held-out one; they are never searched, and come as the set "overlapping". Raises DataError where a
-    set comes out empty.
+    are too like a held-out one; they are never searched, and come as the set "overlapping". Nor are the problems of
+    guard sets ever searched. Raises DataError where a set comes out empty.
     """
     if task.generated:
-        sets = _draw_generated(task, config, round_number, frozen, searched)
+        sets = _draw_generated(task, config, round_number, frozen, frozenset(searched) | {p.key for p in guards})
     else:
-        sets = _take_from_file(task, config, round_number, frozen, searched, overlapping)
+        sets = _take_from_file(task, config, round_number, frozen, searched, overlapping, guards)
     if not sets["test"] or not sets["gate"] or not sets["fit"] or not sets["validation"]:
         sizes = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
         raise DataError(f"a held-out set is empty ({sizes}): give more problems, or larger shares in [splits]")
@@ -80,7 +81,7 @@ def draw_sets(
 
 
 def _draw_generated(
-    task: Task, config: Config, round_number: int, frozen: Path | None, searched: Mapping[str, Outcome]
+    task: Task, config: Config, round_number: int, frozen: Path | None, exclude: frozenset[str]
 ) -> dict[str, list[Problem]]:
     sizes: dict[Split, int] = {
         "fit": config.difficulty.problems,
@@ -91,7 +92,7 @@ def _draw_generated(
     sets |= {"gate": task.draw("gate", config.gate.problems, stream=f"gate/{round_number}"), "search": []}
     if round_number:
         stream = f"search/{round_number}"
-        sets["search"] = task.draw("train", config.search.problems, stream=stream, exclude=frozenset(searched))
+        sets["search"] = task.draw("train", config.search.problems, stream=stream, exclude=exclude)
     return sets
 
 
@@ -111,6 +112,7 @@ def _take_from_file(
     frozen: Path | None,
     searched: Mapping[str, Outcome],
     overlapping: Overlapping,
+    guards: Sequence[Problem],
 ) -> dict[str, list[Problem]]:
     limits = {"fit": config.difficulty.problems, "gate": config.gate.problems, "test": config.evaluate.test_problems}
     if frozen is None:
@@ -125,7 +127,8 @@ def _take_from_file(
     everything = [problem for split in sources for problem in task.problems(split)]
     training = [problem for problem in everything if problem.key not in held_out]
     sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
-    alike = overlapping(training, [problem for split in HELD_OUT for problem in sets[split]])
+    alike = overlapping(training, [*guards, *(problem for split in HELD_OUT for problem in sets[split])])
+    alike |= {problem.key for problem in guards}
     clean = [problem for problem in training if problem.key not in alike]
     chosen = take_slice(_shuffled(config, "train", clean), config.search.problems, searched)
     return sets | {"search": chosen, "overlapping": [problem for problem in training if problem.key in alike]}
@@ -167,7 +170,8 @@ def write_sets(task: Task, sets: Mapping[str, Sequence[Problem]], frozen: Path |
 
 
 def held_out_keys(sets: Path) -> set[str]:
-    """Keys that no training row may have: the round's held-out sets, and all a file task ever held out."""
-    keys = {p.key for split in HELD_OUT for p in read_problems(sets / f"{split}.jsonl")}
+    """Keys that no training row may have: the round's held-out and guard sets, and all a file task ever held out."""
+    files = [*(sets / f"{split}.jsonl" for split in HELD_OUT), *sorted(sets.glob("guard-*.jsonl"))]
+    keys = {problem.key for path in files for problem in read_problems(path)}
     frozen = sets / "held_out.json"
     return keys | set(json.loads(frozen.read_text(encoding="utf-8"))) if frozen.exists() else keys

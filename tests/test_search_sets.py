@@ -7,7 +7,16 @@ import pytest
 
 from configs import load
 from search.errors import DataError
-from search.sets import Outcome, draw_sets, held_out_keys, read_outcomes, read_problems, take_slice, write_sets
+from search.sets import (
+    Outcome,
+    draw_sets,
+    held_out_keys,
+    read_outcomes,
+    read_problems,
+    take_slice,
+    write_problems,
+    write_sets,
+)
 from search.tasks import load_task
 from search.tasks.splits import split_of
 from search.types import Problem
@@ -54,6 +63,31 @@ def test_generated_search_problems_are_new_ones():
     first = sets_of(SMOKE, 1, None)["search"]
     searched = {key: Outcome(1, 8) for key in first}
     assert not set(first) & set(sets_of(SMOKE, 2, None, searched)["search"])
+
+
+def test_problems_of_a_guard_set_are_never_searched(tmp_path):
+    """Else a guard would measure what was learnt by heart."""
+    task = load_task(SMOKE)
+    guards = draw_sets(task, SMOKE, 1, None, {})["search"][:5]
+    left = draw_sets(task, SMOKE, 1, None, {}, guards=guards)["search"]
+    assert not {p.key for p in guards} & {p.key for p in left}
+
+    config, frozen = file_config(tmp_path, 200), tmp_path / "round-000"
+    sets_of(config, 0, None, out=frozen)
+    own = load_task(config)
+    searched = draw_sets(own, config, 1, frozen, {})["search"]
+    seen = []
+
+    def watching(training, held_out):
+        seen.extend(held_out)
+        return set()
+
+    again = draw_sets(own, config, 1, frozen, {}, watching, searched[:5])
+    assert not set(p.key for p in searched[:5]) & set(p.key for p in again["search"])
+    assert set(p.key for p in searched[:5]) <= set(p.key for p in seen)  # nor what is too like one of them
+
+    write_problems(searched[:5], frozen / "guard-old.jsonl")
+    assert {p.key for p in searched[:5]} <= held_out_keys(frozen)
 
 
 def test_sets_survive_the_disk(tmp_path):
