@@ -23,14 +23,14 @@ from search.engines.reference import policy_path
 from search.errors import VerifierError
 from search.parallel import Report, fork_map
 from search.policy import Policy, Sampler, Scorer
-from search.results import append_result, read_partial, read_results, write_results
-from search.run import Plan, Progress, search
+from search.results import partial_path, read_partial, read_results, write_results
+from search.run import Plan, Progress, search_shard
 from search.scheduler import Searching, Tick, run_together
 from search.sets import read_problems
 from search.strategies import parse
 from search.tasks import load_task
 from search.thresholds import GRID, fit_threshold, needs_fit, with_threshold
-from search.types import Budget, Candidate, Problem, SearchResult, StreamingEngine, Verifier
+from search.types import Budget, Candidate, Problem, SearchResult, Verifier
 from search.verifiers import load_verifier
 
 
@@ -96,8 +96,7 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
     def work(index: int, tell: Report) -> None:
         task = load_task(config)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
-        seed = (config.loop.seed, "evaluate", f"pool-{request['split']}")
-        sampler = Sampler(engine, task, config.sampling.temperature, config.sampling.max_new_tokens, seed)
+        sampler = Sampler.of(config, engine, task, "evaluate", f"pool-{request['split']}")
         verifier = load_verifier(config, task) if any(cell.verified for cell in cells) else None
         limit = None if left is None else left // num
         _Process(sampler, verifier, problems, limit, num, tell).run(assign(shards, num)[index])
@@ -124,8 +123,7 @@ def _fit_all(
     """Fit the thresholds of these cells, each on the same problems, and leave them in the cells' folders; tokens."""
     task = load_task(config)
     engine = load_engine(config, policy_path(policy), task)
-    seed = (config.loop.seed, "evaluate", f"fit-{split}")
-    sampler = Sampler(engine, task, config.sampling.temperature, config.sampling.max_new_tokens, seed)
+    sampler = Sampler.of(config, engine, task, "evaluate", f"fit-{split}")
     verifier = load_verifier(config, task)
     assert verifier is not None, "a strategy with a threshold was planned without a verifier"
     done = Done()
@@ -207,19 +205,16 @@ class _Process:
 
     def _search(self, shard: Shard) -> bool:
         """Search what the shard lacks; True where there was something to do."""
-        partial = shard.path.with_suffix(".partial")
         if count_lines(shard.path) == shard.end - shard.start:
             return False
-        kept = {r.problem.key: r for r in read_partial(partial)}
+        kept = {r.problem.key: r for r in read_partial(partial_path(shard.path))}
         if shard.path.exists():
             kept |= {r.problem.key: r for r in read_results(shard.path)}
         problems = self._problems[shard.start : shard.end]
-        missing = [p for p in problems if p.key not in kept]
         left = None if self._max_tokens is None else self._max_tokens - self._done.tokens
         if left is not None and left <= 0:
             return False
         verifier = self._verifier if shard.cell.verified else None
-        streaming = isinstance(self._sampler.engine, StreamingEngine)
         before = replace(self._done, cell=shard.cell.name)
 
         def on_tick(tick: Tick) -> None:
@@ -237,18 +232,16 @@ class _Process:
             )
             self._done = replace(before, tokens=before.tokens + tick.tokens, steps=before.steps + tick.steps)
 
-        found = search(
-            missing,
+        search_shard(
+            problems,
+            kept.values(),
             plan_of(shard.cell, verifier),
             self._sampler,
-            verifier,
+            shard.path,
+            verifier=verifier,
             max_tokens=left,
             on_tick=on_tick,
-            on_result=(lambda result: append_result(result, partial)) if streaming else None,
         )
-        kept |= {r.problem.key: r for r in found}
-        write_results([kept[p.key] for p in problems if p.key in kept], shard.path)
-        partial.unlink(missing_ok=True)
         return True
 
     def _score(self, shard: Shard) -> bool:

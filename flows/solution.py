@@ -42,7 +42,7 @@ class Solution:
     @property
     def chosen(self) -> Candidate | None:
         """Whose answer is given."""
-        return None if self.result.selected is None else self.result.candidates[self.result.selected]
+        return self.result.chosen
 
     @property
     def answer(self) -> str | None:

@@ -160,10 +160,7 @@ def solve(context: Context, inputs: Inputs, out: Path) -> None:
         plan = make_plan(config, asked, problem, verifier)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num_processes(config))
         loaded_s = time.monotonic()
-        sampling = config.sampling
-        sampler = Sampler(
-            engine, task, sampling.temperature, sampling.max_new_tokens, (config.loop.seed, "solve", "question")
-        )
+        sampler = Sampler.of(config, engine, task, "solve", "question")
         context.progress(0, 1, tokens=0, steps=0)
         trace = Trace()
         (result,) = search(

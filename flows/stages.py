@@ -186,13 +186,7 @@ def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -
         verifier = load_verifier(config, task) if any(job.verified for job in jobs) else None
         spend, before = Spend(), _Done()
         for job in jobs:
-            sampler = Sampler(
-                engine,
-                task,
-                config.sampling.temperature,
-                config.sampling.max_new_tokens,
-                (config.loop.seed, job.stage, job.split),
-            )
+            sampler = Sampler.of(config, engine, task, job.stage, job.split)
             used, before = _run_job(
                 job, sampler, verifier if job.verified else None, out, (index, num), before, lambda d: tell(asdict(d))
             )

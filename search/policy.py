@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from configs.schema import Config
 from search.errors import BudgetExceeded, VerifierError
 from search.prompts import prompt_ids
 from search.randomness import key64
@@ -77,6 +78,12 @@ class Sampler:
     temperature: float
     max_new_tokens: int  # of one answer, all its steps together
     seed: tuple[object, ...]  # (loop seed, stage, split): first parts of every random key
+
+    @classmethod
+    def of(cls, config: Config, engine: Engine, task: Task, stage: str, split: str) -> Sampler:
+        """As the configuration says."""
+        sampling = config.sampling
+        return cls(engine, task, sampling.temperature, sampling.max_new_tokens, (config.loop.seed, stage, split))
 
 
 class Policy:

@@ -69,6 +69,11 @@ def read_unfinished(shard: Path) -> Spend:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+def partial_path(shard: Path) -> Path:
+    """Where the finished results of a shard lie while a streaming engine works on it."""
+    return shard.with_suffix(".partial")
+
+
 def append_result(result: SearchResult, path: Path) -> None:
     """One more line of a file that grows while a shard is searched."""
     with path.open("a", encoding="utf-8") as file:

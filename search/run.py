@@ -8,7 +8,7 @@ of an interrupted shard are kept and the rest is done. Memory holds one shard.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from search.errors import BudgetError, BudgetExceeded, VerifierError
 from search.policy import Ask, Policy, Question, Sampler, Scorer
 from search.results import (
     append_result,
+    partial_path,
     read_partial,
     read_results,
     read_unfinished,
@@ -29,7 +30,6 @@ from search.types import (
     Budget,
     CachingEngine,
     Candidate,
-    Engine,
     Grade,
     Graded,
     Problem,
@@ -217,8 +217,18 @@ def run_shards(
                 progress(done + now.finished, len(problems), tokens=tokens, steps=steps + now.steps)
 
         if not path.exists():
-            write_results(_shard(shard, plan, sampler, verifier, path, left, report), path)
-            path.with_suffix(".partial").unlink(missing_ok=True)
+            kept = read_partial(partial_path(path))
+            search_shard(
+                shard,
+                kept,
+                plan,
+                sampler,
+                path,
+                verifier=verifier,
+                max_tokens=None if left is None else left - sum(r.spend.generated_tokens for r in kept),
+                on_tick=report,
+                on_unfinished=functools.partial(write_unfinished, shard=path),
+            )
         spends = [result.spend for result in read_results(path)]
         total = sum(spends, total + read_unfinished(path))
         done, steps = done + len(spends), steps + tick.steps
@@ -229,35 +239,34 @@ def run_shards(
     return total
 
 
-def _shard(
+def search_shard(
     problems: Sequence[Problem],
+    kept: Iterable[SearchResult],
     plan: Plan,
     sampler: Sampler,
-    verifier: Verifier | None,
     path: Path,
-    max_tokens: int | None,
-    on_tick: Callable[[Tick], None],
-) -> list[SearchResult]:
-    """The results of one shard, in the order of its problems."""
-    engine: Engine = sampler.engine
-    on_unfinished = functools.partial(write_unfinished, shard=path)
-    if not isinstance(engine, StreamingEngine):
-        return search(
-            problems, plan, sampler, verifier, max_tokens=max_tokens, on_tick=on_tick, on_unfinished=on_unfinished
-        )
-    partial = path.with_suffix(".partial")
-    kept = {result.problem.key: result for result in read_partial(partial)}
-    if max_tokens is not None:
-        max_tokens -= sum(result.spend.generated_tokens for result in kept.values())
+    *,
+    verifier: Verifier | None = None,
+    max_tokens: int | None = None,
+    on_tick: Callable[[Tick], None] | None = None,
+    on_unfinished: Callable[[Spend], None] | None = None,
+) -> None:
+    """Search what `kept`, finished earlier, lacks, and write the shard in the order of the problems.
+
+    On a streaming engine what is finished lies in `partial_path(path)` until then.
+    """
+    partial, found = partial_path(path), {result.problem.key: result for result in kept}
+    streaming = isinstance(sampler.engine, StreamingEngine)
     new = search(
-        [p for p in problems if p.key not in kept],
+        [p for p in problems if p.key not in found],
         plan,
         sampler,
         verifier,
         max_tokens=max_tokens,
         on_tick=on_tick,
-        on_result=lambda result: append_result(result, partial),
+        on_result=(lambda result: append_result(result, partial)) if streaming else None,
         on_unfinished=on_unfinished,
     )
-    kept |= {result.problem.key: result for result in new}
-    return [kept[p.key] for p in problems if p.key in kept]
+    found |= {result.problem.key: result for result in new}
+    write_results([found[p.key] for p in problems if p.key in found], path)
+    partial.unlink(missing_ok=True)

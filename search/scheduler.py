@@ -7,6 +7,7 @@ engine is fed as soon as there is something to ask.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def run_together(
     return [run.results.get(i) for i in range(len(coroutines))]
 
 
-class _Run(Generic[T]):
+class _Run(abc.ABC, Generic[T]):
     """What both ways share: who waits for what."""
 
     def __init__(
@@ -104,9 +105,9 @@ class _Run(Generic[T]):
     def in_flight(self) -> bool:
         return False
 
+    @abc.abstractmethod
     def generate(self) -> bool:
         """Let the engine work; False where nothing can go on."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """Leave nothing in flight."""

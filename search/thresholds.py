@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from search.errors import ConfigError
+from search.evaluate import solved
 from search.policy import Sampler
 from search.run import Plan, search
 from search.scheduler import Tick
 from search.strategies import FIT, Spec
-from search.types import Budget, Grade, Problem, SearchResult, Verifier
+from search.types import Budget, Problem, SearchResult, Verifier
 
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -69,7 +70,7 @@ def fit_threshold(
         results, spent = _run(candidate.plan(budget, verifier.facts), problems, sampler, verifier, left, spent, on_tick)
         if len(results) < len(problems):
             break
-        right = [r.selected is not None and r.candidates[r.selected].grade is Grade.CORRECT for r in results]
+        right = [r.chosen is not None and solved(r.chosen) for r in results]
         solved_T_P.append(right)
         flops = sum(result.spend.flops_ideal for result in results) / len(results)
         tried.append(Tried(threshold, sum(right) / len(right), flops))

@@ -172,6 +172,11 @@ class SearchResult:
     prompt_ids: tuple[int, ...] = ()  # the very ids every candidate continues; training rows start with them
     failed: str | None = None  # why this one problem could not be searched to its end; it counts as not solved
 
+    @property
+    def chosen(self) -> Candidate | None:
+        """Whose answer is given."""
+        return None if self.selected is None else self.candidates[self.selected]
+
     def to_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {
             "key": self.problem.key,

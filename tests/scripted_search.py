@@ -16,9 +16,10 @@ from search import answers
 from search.engines.scripted import EOS, SEPARATOR, ByteTokenizer
 from search.engines.streaming import Streaming
 from search.errors import EngineError
-from search.policy import Sampler
+from search.policy import Policy, Sampler
 from search.randomness import key64, rng
 from search.run import Plan, search
+from search.scheduler import run_together
 from search.strategies import parse
 from search.types import (
     Budget,
@@ -320,13 +321,34 @@ def texts(result: SearchResult) -> list[str]:
 
 
 def given(result: SearchResult) -> str | None:
-    return None if result.selected is None else result.candidates[result.selected].answer
+    return None if result.chosen is None else result.chosen.answer
 
 
 def accuracy(results: Sequence[SearchResult]) -> float:
-    return sum(r.selected is not None and r.candidates[r.selected].grade is Grade.CORRECT for r in results) / len(
-        results
-    )
+    return sum(r.chosen is not None and r.chosen.grade is Grade.CORRECT for r in results) / len(results)
+
+
+def check_company(strategy: str, digits: int, chance: float, *, num: int) -> None:
+    """Results depend neither on the company a problem keeps nor on the order in which a stream completes."""
+    problems = [Problem(f"p{n}", f"{key64(n) % 10**digits:0{digits}d}", "x") for n in range(num)]
+
+    def judge() -> TextVerifier:
+        return TextVerifier(lambda text: key64(text) / 2**64)
+
+    alone = [run_all(strategy, 8, chain_engine(chance), [p], judge())[0] for p in problems]
+    assert run_all(strategy, 8, chain_engine(chance), problems, judge()) == alone
+    for seed in range(3):
+        stream = ShuffledStream(chain_engine(chance), seed)
+        assert run_all(strategy, 8, stream, problems, judge()) == alone
+
+
+def policy_for(engine: Any, budget: Budget | None = None, **more: Any) -> Policy:
+    return Policy(QUESTION, sampler_of(engine, **more), budget or Budget("samples", 8))
+
+
+def run(coroutine: Any, engine: Any, verifier: Any = None) -> Any:
+    """The result of one coroutine that asks a policy."""
+    return run_together([coroutine], engine, verifier)[0]
 
 
 # ---------------------------------------------------------------- independent counts

@@ -13,6 +13,7 @@ from configs import load
 from flows import eval_run, evaluation
 from flows.eval_store import Store
 from flows.evaluation import Request, evaluate_model, plan
+from search import run as search_run
 from search.errors import BudgetError, ConfigError, EngineError, LockedError
 from search.results import read_results
 from search.types import VerifierFacts
@@ -56,13 +57,13 @@ def run(tmp_path, scripted):
 def searched(monkeypatch):
     """The names of the cells that are searched, in order, and the problems of each."""
     calls = []
-    search = eval_run.search
+    search = search_run.search
 
     def recording(problems, plan, *args, **more):
         calls.append((plan.name, len(problems)))
         return search(problems, plan, *args, **more)
 
-    monkeypatch.setattr(eval_run, "search", recording)
+    monkeypatch.setattr(search_run, "search", recording)
     return calls
 
 

@@ -8,7 +8,6 @@ import pytest
 from search.engines.scripted import EOS
 from search.errors import VerifierError
 from search.policy import AGGREGATE, Policy, Scorer, extended, steps_of
-from search.scheduler import run_together
 from search.types import Budget, Candidate, Continuation, Finish, Grade, Problem, Scored, VerifierFacts
 from tests.scripted_search import (
     ALL,
@@ -22,21 +21,14 @@ from tests.scripted_search import (
     by_table,
     count,
     judging,
+    policy_for,
+    run,
     run_all,
     run_one,
     sampler_of,
     texts,
 )
 from tests.scripted_search import given as answer_given
-
-
-def policy_for(engine, budget=None, **more):
-    return Policy(QUESTION, sampler_of(engine, **more), budget or Budget("samples", 8))
-
-
-def run(coroutine, engine, verifier=None):
-    return run_together([coroutine], engine, verifier)[0]
-
 
 # ---------------------------------------------------------------- spend
 

@@ -5,30 +5,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.errors import BudgetError, BudgetExceeded
-from search.policy import Policy
-from search.scheduler import run_together
 from search.types import Budget, Finish
 from tests.scripted_search import (
     ALL,
-    QUESTION,
     StepEngine,
     babbling,
     by_score,
     by_table,
     judging,
+    policy_for,
+    run,
     run_one,
-    sampler_of,
     texts,
 )
 from tests.scripted_search import given as answer_given
-
-
-def policy_for(engine, budget=None, **more):
-    return Policy(QUESTION, sampler_of(engine, **more), budget or Budget("samples", 8))
-
-
-def run(coroutine, engine, verifier=None):
-    return run_together([coroutine], engine, verifier)[0]
 
 
 @settings(deadline=None, max_examples=150)

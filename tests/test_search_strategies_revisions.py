@@ -7,18 +7,15 @@ import pytest
 
 from search.errors import BudgetError
 from search.prompts import REVISE
-from search.randomness import key64
 from search.strategies.sizes import chain_length
-from search.types import Finish, Problem
+from search.types import Finish
 from tests.scripted_search import (
     LineTask,
-    ShuffledStream,
     StepEngine,
     TextVerifier,
     by_score,
-    chain_engine,
+    check_company,
     given,
-    run_all,
     run_one,
     texts,
 )
@@ -244,12 +241,4 @@ COMBINED = ["revisions(ratio=1)", "revisions_majority(ratio=inf)", "beam_revisio
 
 @pytest.mark.parametrize("strategy", [*COMBINED, "searched_revisions(width=2)"])
 def test_results_depend_neither_on_company_nor_on_the_order_of_completion(strategy):
-    problems = [Problem(f"p{n}", f"{key64(n) % 10**3:03d}", "x") for n in range(5)]
-
-    def judge():
-        return TextVerifier(lambda text: key64(text) / 2**64)
-
-    alone = [run_all(strategy, 8, chain_engine(0.8), [p], judge())[0] for p in problems]
-    assert run_all(strategy, 8, chain_engine(0.8), problems, judge()) == alone
-    for seed in range(3):
-        assert run_all(strategy, 8, ShuffledStream(chain_engine(0.8), seed), problems, judge()) == alone
+    check_company(strategy, 3, 0.8, num=5)

@@ -5,18 +5,16 @@ import math
 import pytest
 from scipy import stats
 
-from search.randomness import key64
 from search.strategies.best_of_n import ahead
-from search.types import Finish, Problem
+from search.types import Finish
 from tests.scripted_search import (
-    ShuffledStream,
     StepEngine,
     TextVerifier,
     by_score,
     by_table,
     chain_engine,
+    check_company,
     given,
-    run_all,
     run_one,
     texts,
 )
@@ -204,12 +202,4 @@ SAMPLED = ["greedy", "majority", "best_of_n_weighted", "adaptive_majority", "ada
 
 @pytest.mark.parametrize("strategy", SAMPLED)
 def test_results_depend_neither_on_company_nor_on_the_order_of_completion(strategy):
-    problems = [Problem(f"p{n}", f"{key64(n) % 10**3:03d}", "x") for n in range(6)]
-
-    def judge():
-        return TextVerifier(lambda text: key64(text) / 2**64)
-
-    alone = [run_all(strategy, 8, chain_engine(0.8), [p], judge())[0] for p in problems]
-    assert run_all(strategy, 8, chain_engine(0.8), problems, judge()) == alone
-    for seed in range(3):
-        assert run_all(strategy, 8, ShuffledStream(chain_engine(0.8), seed), problems, judge()) == alone
+    check_company(strategy, 3, 0.8, num=6)

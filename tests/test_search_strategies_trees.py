@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 from search.engines.scripted import EOS, SEPARATOR
 from search.randomness import key64
 from search.strategies.trees import softmax, top
-from search.types import Finish, Problem
+from search.types import Finish
 from tests.scripted_search import (
     LineTask,
-    ShuffledStream,
     StepEngine,
     TextVerifier,
     by_score,
     by_table,
-    chain_engine,
-    run_all,
+    check_company,
     run_one,
     texts,
 )
@@ -384,13 +382,4 @@ def test_every_candidate_is_a_draw_of_its_own_and_ended(strategy, seed):
 
 @pytest.mark.parametrize("strategy", TREES)
 def test_results_depend_neither_on_company_nor_on_the_order_of_completion(strategy):
-    problems = [Problem(f"p{n}", f"{key64(n) % 10**5:05d}", "x") for n in range(5)]
-
-    def judge():
-        return TextVerifier(lambda text: key64(text) / 2**64)
-
-    alone = [run_all(strategy, 8, chain_engine(0.6), [p], judge())[0] for p in problems]
-    assert run_all(strategy, 8, chain_engine(0.6), problems, judge()) == alone
-    for seed in range(3):
-        stream = ShuffledStream(chain_engine(0.6), seed)
-        assert run_all(strategy, 8, stream, problems, judge()) == alone
+    check_company(strategy, 5, 0.6, num=5)

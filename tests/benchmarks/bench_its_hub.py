@@ -30,6 +30,7 @@ from common import markdown, tiny_base
 
 from configs.schema import Config, OracleVerifier, ServerEngine
 from search.engines.server import ServerEngine as Engine
+from search.evaluate import solved
 from search.policy import AGGREGATE, Sampler, steps_of
 from search.run import search
 from search.strategies import parse
@@ -197,7 +198,7 @@ def main() -> None:
         def ours(name: str) -> list[bool]:
             plan = parse(name).plan(Budget("samples", options.samples), oracle.facts)
             results = search(problems, plan, sampler, oracle)
-            return [r.selected is not None and r.candidates[r.selected].grade is Grade.CORRECT for r in results]
+            return [r.chosen is not None and solved(r.chosen) for r in results]
 
         def theirs(beam: bool, at_once: int) -> list[bool]:
             texts = run_its_hub(its_hub(url, judge, config, beam), problems, options.samples, at_once)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.update(
-    DO_NOT_TRACK="1",
-    GOMP_SPINCOUNT="0",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    HF_HUB_OFFLINE="1",
-    OMP_WAIT_POLICY="PASSIVE",
-    VLLM_NO_USAGE_STATS="1",
-)
-
 from configs.load import load
 from configs.schema import Config
+from flows.quiet import silence
+
+silence()
+os.environ.update(GOMP_SPINCOUNT="0", HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")
 
 
 def tiny_base(name: str, folder: Path, examples: int = 20_000) -> tuple[Config, Path]:
