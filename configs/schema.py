@@ -289,7 +289,131 @@ class OracleVerifier(Section):
     parameters: int = Field(default=0, ge=0, description="its size, for the FLOPs; 0: free")
 
 
-VerifierConfig = Annotated[NoVerifier | OracleVerifier, Field(discriminator="type")]
+class VerifierRuntime(Section):
+    """How the model of a verifier is run."""
+
+    runtime: Literal["transformers", "vllm"] = "transformers"
+    device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    batch_tokens: PositiveInt = Field(default=65_536, description="most tokens (rows x length) of one batch")
+    max_batch_rows: PositiveInt = 1024
+    cache_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="prefix tokens whose keys and values are kept between the steps of a search; default: as of the "
+        "transformers engine",
+    )
+    gpu_memory_fraction: Fraction = Field(default=0.3, description="runtime = 'vllm': of each GPU's memory")
+
+
+LabelSource = Literal["rollouts", "siblings", "tree", "outcomes", "gold"]
+
+
+class TrainedVerifier(VerifierRuntime):
+    """A verifier that every round trains on the policy's own answers, and keeps in the champion's bundle."""
+
+    type: Literal["trained"]
+    kind: Literal["prm", "orm"] = Field(default="prm", description="scores every step, or finished answers only")
+    readout: Literal["generative", "scalar"] = Field(
+        default="generative",
+        description="generative: also reads the model's own log-probability of what was written; scalar: a head alone",
+    )
+    labels: tuple[LabelSource, ...] = Field(
+        default=("tree",),
+        min_length=1,
+        description="where step labels come from: rollouts (Monte Carlo, the paper's), siblings (the same, relative to "
+        "the steps beside it), tree (mean success of the answers that share a prefix: free), outcomes (of whole "
+        "answers, through a multiple-instance loss), gold (of tasks that can check a step)",
+    )
+    init: Literal["policy", "base"] = Field(default="policy", description="initial weights, without an older verifier")
+    warm_start: bool = Field(default=True, description="go on from the champion's verifier")
+    problems: PositiveInt = Field(default=1000, description="training problems on which the winner draws fresh answers")
+    samples: PositiveInt = Field(default=16, description="fresh answers of each")
+    rollouts: PositiveInt = Field(default=16, description="labels = rollouts: answers drawn from each step")
+    first_error: bool = Field(
+        default=False, description="labels = rollouts: find the first wrong step by binary search, and skip the rest"
+    )
+    max_examples: PositiveInt = Field(default=50_000, description="answers trained on; the newest rounds come first")
+    method: Literal["full", "lora"] = "full"
+    lora: Lora = Lora()
+    epochs: float = Field(default=1, gt=0, description="at most; the best weights on validation are kept")
+    batch_size: PositiveInt = Field(default=128, description="answers of one optimizer step")
+    micro_batch_size: PositiveInt = 128
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(default=3e-5, gt=0)
+    adamw_learning_rate: float = Field(default=2e-3, gt=0, description="muon: of everything but the matrices")
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup: Fraction = 0.05
+    weight_decay: float = Field(default=0.0, ge=0)
+    dropout: Fraction = Field(default=0.05, description="before the head")
+    max_length: PositiveInt = 2048
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = False
+    validation: Fraction = Field(default=0.1, description="share of the questions, for early stopping")
+    checks: PositiveInt = Field(default=8, description="times the validation loss is measured")
+    aggregation: Literal["choose", "last", "min", "prod", "mean"] = Field(
+        default="choose", description="of step scores; choose: the best on the fit problems"
+    )
+    flip_labels: Fraction = Field(default=0.0, description="share of labels turned round: to measure robustness")
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainedVerifier:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        return self
+
+
+class PretrainedVerifier(VerifierRuntime):
+    """A verifier from elsewhere, by the format of its checkpoint."""
+
+    type: Literal["pretrained"]
+    path: str = Field(description="folder or hub name")
+    revision: str | None = None
+    format: Literal[
+        "ratchet", "qwen_prm", "math_shepherd", "rlhflow", "skywork", "token_classifier", "sequence_classifier"
+    ] = Field(description="ratchet: a folder that `ratchet round` trained; the others as published")
+    aggregation: Literal["last", "min", "prod", "mean"] = "last"
+    separator: str | None = Field(default=None, description="text after each step; default: the format's own")
+    positive: str | None = Field(default=None, description="text of the token, or name of the label, that means right")
+    negative: str | None = None
+    system: str | None = Field(default=None, description="system message; default: the format's own")
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    trust_remote_code: bool = False
+
+
+class JudgeVerifier(Section):
+    """A language model behind a completions or chat server that is asked for a verdict."""
+
+    type: Literal["judge"]
+    url: str = "http://127.0.0.1:8000/v1"
+    model: str | None = Field(default=None, description="as the server names it; default: the first it lists")
+    api_key_env: str | None = Field(default=None, description="NAME of the environment variable that holds the key")
+    process: bool = Field(default=False, description="a verdict for every step; else one for the finished answer")
+    votes: PositiveInt = Field(default=1, description="verdicts asked for; the score is their mean")
+    temperature: float = Field(default=0.0, ge=0)
+    max_new_tokens: PositiveInt = 512
+    prompt: str | None = Field(default=None, description="with {question} and {answer}; default: our own")
+    max_concurrency: PositiveInt = 32
+    timeout_s: float = Field(default=600, gt=0)
+    retries: int = Field(default=5, ge=0)
+
+
+class CertaintyVerifier(VerifierRuntime):
+    """The policy's own confidence in what it wrote: no training, no labels."""
+
+    type: Literal["certainty"]
+    measure: Literal["self_certainty", "logprob"] = Field(
+        default="self_certainty",
+        description="self_certainty: mean divergence of the next-token distributions from uniform; logprob: mean "
+        "log-probability of the tokens written",
+    )
+
+
+VerifierConfig = Annotated[
+    NoVerifier | OracleVerifier | TrainedVerifier | PretrainedVerifier | JudgeVerifier | CertaintyVerifier,
+    Field(discriminator="type"),
+]
 
 
 # ---------------------------------------------------------------- stages

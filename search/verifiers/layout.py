@@ -1,0 +1,59 @@
+"""What a verifier's model reads, and where in it the steps end. One layout per checkpoint format; no torch.
+
+A layout turns a ScoreRequest into token ids such that the ids of a longer candidate begin with those of a shorter one
+(steps are encoded one by one), so that a runtime can go on from what it has computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from search.prompts import prompt_ids
+from search.types import ScoreRequest, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The input of one request. Example: Encoded((5, 9, 7, 3, 8, 2), num_prompt=2, ends=(3, 5)): two steps"""
+
+    ids: tuple[int, ...]
+    num_prompt: int  # of the ids, those that every candidate of the problem begins with
+    ends: tuple[int, ...]  # index of the id at which each score is read; increasing; a single one for outcome verifiers
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Index of the first id of each step."""
+        return (self.num_prompt, *(end + 1 for end in self.ends[:-1]))
+
+
+class Layout(Protocol):
+    """Implementations raise ModelError at construction where tokenizer or vocabulary do not fit the format."""
+
+    def encode(self, request: ScoreRequest) -> Encoded: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLayout:
+    """Ours: the policy's prompt, then the steps as they are; EOS where the answer ends.
+
+    A step's score is read at its last id. The last step of a finished answer does not end with the delimiter (it may
+    be empty), so it gets EOS: the verifier can tell a finished answer from one that goes on. `history`: attempts shown
+    before the answer are part of the prompt, as the policy that revises reads them (Snell et al. 2024, section 6.1).
+    """
+
+    task: Task
+    tokenizer: Any
+    process: bool = True
+    history: bool = False
+
+    def encode(self, request: ScoreRequest) -> Encoded:
+        attempts = request.attempts if self.history else ()
+        ids = list(prompt_ids(self.task, self.tokenizer, request.problem, attempts))
+        num_prompt, ends = len(ids), list[int]()
+        for n, step in enumerate(request.steps):
+            ids += self.tokenizer.encode(step, add_special_tokens=False)
+            if n == len(request.steps) - 1 and not step.endswith(self.task.step_delimiter):
+                ids.append(self.tokenizer.eos_token_id)
+            ends.append(len(ids) - 1)
+        return Encoded(tuple(ids), num_prompt, tuple(ends if self.process else ends[-1:]))
