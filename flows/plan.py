@@ -20,7 +20,7 @@ from flows.searching import asks_verifier, check, round_plan
 from flows.stages import overlapping
 from flows.state import Loop, LoopState
 from search.errors import DataError
-from search.sets import HELD_OUT, Outcome, draw_sets, read_outcomes, take_slice
+from search.sets import Outcome, draw_sets, read_outcomes, take_slice, without_alike
 from search.stats import minimum_detectable_effect
 from search.tasks import load_problems, load_task
 from search.types import Problem, Task
@@ -120,6 +120,7 @@ def _problems(config: Config, loop: Loop | None, round_number: int) -> tuple[dic
     sizes["guards"] = sum(len(load_problems(task, guard.path)) for guard in config.gate.guards)
     return sizes, {
         "this_round": sizes["search"],
+        "recycled": sum(p.key in outcomes for p in sets["search"]),
         "training": None if training is None else len(training),
         "never_searched": None if training is None else sum(p.key not in outcomes for p in training),
         "searched": len(outcomes),
@@ -139,11 +140,18 @@ def _draw(
     sets = draw_sets(task, whole, round_number, frozen, {}, overlapping, guards)
     training = sets["search"]
     if frozen is None:  # round 0 will hold these out, and searches nothing itself
-        first = task.problems("train")
-        alike = overlapping(first, [*guards, *(problem for name in HELD_OUT for problem in sets[name])])
-        alike |= {problem.key for problem in guards}
-        training = [problem for problem in first if problem.key not in alike]
+        training, _ = without_alike(task.problems("train"), sets, guards, overlapping)
     return sets | {"search": take_slice(training, config.search.problems, outcomes)}, training
+
+
+def _left(problems: Mapping[str, int | None]) -> str:
+    """Where a round's training problems come from."""
+    if not problems["this_round"]:
+        return "nothing new and nothing unsolved"
+    again = f", {problems['recycled']} of these again" if problems["recycled"] else ""
+    if problems["training"] is not None:
+        return f"{problems['never_searched']} of {problems['training']} never searched{again}"
+    return f"no more new ones exist{again}" if again else "drawn fresh each round"
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -160,14 +168,8 @@ def show(plan: dict[str, Any]) -> None:
         + (", after the base model" if plan["first_trains_base"] else "")
     )
     p = plan["problems"]
-    left = (
-        "drawn fresh each round"
-        if p["training"] is None
-        else f"{p['never_searched']} of {p['training']} never searched"
-    )
-    console.print(
-        f"problems: {p['this_round']} this round ({left}; {p['searched']} searched so far, {p['unsolved']} unsolved)"
-    )
+    so_far = f"{p['searched']} searched so far, {p['unsolved']} unsolved"
+    console.print(f"problems: {p['this_round']} this round ({_left(p)}; {so_far})")
     console.print(f"search: {plan['search']}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")

@@ -1,14 +1,14 @@
 """The problems of one round, drawn once at its start and written down, so that a file that grows moves nothing.
 
 Held-out sets of a file are frozen in round 0: rows that are appended later join the training split. Generated tasks
-draw a fresh gate set each round. The training slice of a round takes problems never searched before; where those of a
-file are used up it recycles, unsolved first.
+draw a fresh gate set each round. The training slice of a round takes problems never searched before; where those are
+used up it recycles, unsolved first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from configs.schema import Config
 from search.errors import DataError
 from search.randomness import key64
+from search.tasks.splits import Exhausted
 from search.types import SPLITS, Problem, Split, Task
 
 HELD_OUT: tuple[Split, ...] = ("fit", "validation", "gate", "test")
@@ -68,10 +69,10 @@ def draw_sets(
 
     `frozen` is round 0's folder of sets, None in round 0 itself. `overlapping` says which training problems of a file
     are too like a held-out one; they are never searched, and come as the set "overlapping". Nor are the problems of
-    guard sets ever searched. Raises DataError where a set comes out empty.
+    guard sets ever searched. Raises DataError where a held-out set comes out empty, or a generated one too small.
     """
     if task.generated:
-        sets = _draw_generated(task, config, round_number, frozen, frozenset(searched) | {p.key for p in guards})
+        sets = _draw_generated(task, config, round_number, frozen, searched, guards)
     else:
         sets = _take_from_file(task, config, round_number, frozen, searched, overlapping, guards)
     if not sets["test"] or not sets["gate"] or not sets["fit"] or not sets["validation"]:
@@ -81,7 +82,12 @@ def draw_sets(
 
 
 def _draw_generated(
-    task: Task, config: Config, round_number: int, frozen: Path | None, exclude: frozenset[str]
+    task: Task,
+    config: Config,
+    round_number: int,
+    frozen: Path | None,
+    searched: Mapping[str, Outcome],
+    guards: Sequence[Problem],
 ) -> dict[str, list[Problem]]:
     sizes: dict[Split, int] = {
         "fit": config.difficulty.problems,
@@ -91,9 +97,30 @@ def _draw_generated(
     sets = {name: _first_drawn(task, name, num, frozen) for name, num in sizes.items()}
     sets |= {"gate": task.draw("gate", config.gate.problems, stream=f"gate/{round_number}"), "search": []}
     if round_number:
-        stream = f"search/{round_number}"
-        sets["search"] = task.draw("train", config.search.problems, stream=stream, exclude=exclude)
+        sets["search"] = _generated_slice(task, config, f"search/{round_number}", searched, {p.key for p in guards})
     return sets
+
+
+def _generated_slice(
+    task: Task, config: Config, stream: str, searched: Mapping[str, Outcome], guarded: set[str]
+) -> list[Problem]:
+    """New problems as long as there are any; with the last of them, those searched before."""
+    num = config.search.problems
+    try:
+        return task.draw("train", num, stream=stream, exclude=frozenset(guarded.union(searched)))
+    except Exhausted as used_up:
+        old = [key for key in searched if key not in guarded]
+        return take_slice([*used_up.found, *_shuffled(config, "train", list(_posed(task, old)))], num, searched)
+
+
+def _posed(task: Task, keys: Iterable[str]) -> Iterator[Problem]:
+    """The problems of these keys that the task still poses: its ranges may have been narrowed since."""
+    for key in keys:
+        try:
+            problem = task.parse(key)
+        except DataError:
+            continue
+        yield problem
 
 
 def _first_drawn(task: Task, split: Split, num: int, frozen: Path | None) -> list[Problem]:
@@ -127,11 +154,22 @@ def _take_from_file(
     everything = [problem for split in sources for problem in task.problems(split)]
     training = [problem for problem in everything if problem.key not in held_out]
     sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
+    clean, alike = without_alike(training, sets, guards, overlapping)
+    chosen = take_slice(_shuffled(config, "train", clean), config.search.problems, searched)
+    return sets | {"search": chosen, "overlapping": alike}
+
+
+def without_alike(
+    training: Sequence[Problem],
+    sets: Mapping[str, Sequence[Problem]],
+    guards: Sequence[Problem],
+    overlapping: Overlapping,
+) -> tuple[list[Problem], list[Problem]]:
+    """The training problems that may be searched, and those that may not: a guard set's own, and what is too like one
+    of a guard set or a held-out set."""
     alike = overlapping(training, [*guards, *(problem for split in HELD_OUT for problem in sets[split])])
     alike |= {problem.key for problem in guards}
-    clean = [problem for problem in training if problem.key not in alike]
-    chosen = take_slice(_shuffled(config, "train", clean), config.search.problems, searched)
-    return sets | {"search": chosen, "overlapping": [problem for problem in training if problem.key in alike]}
+    return [p for p in training if p.key not in alike], [p for p in training if p.key in alike]
 
 
 def _shuffled(config: Config, name: str, problems: Sequence[Problem]) -> list[Problem]:

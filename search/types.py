@@ -368,7 +368,8 @@ class Task(Protocol):
     end_text: str | None  # what ends an answer besides EOS; None for all but few-shot prompts
 
     def draw(self, split: Split, num: int, *, stream: str, exclude: frozenset[str] = ...) -> list[Problem]:
-        """Generated tasks: `num` distinct problems of the split, a pure function of `stream` (and `exclude`)."""
+        """Generated tasks: `num` distinct problems of the split, a pure function of `stream` (and `exclude`). Raises
+        Exhausted (see search.tasks.splits) with those that exist where they are fewer."""
         ...
 
     def problems(self, split: Split) -> list[Problem]:
@@ -380,7 +381,8 @@ class Task(Protocol):
         ...
 
     def parse(self, question: str) -> Problem:
-        """The problem of a question as a user types it, without a gold answer where the task needs one."""
+        """The problem of a question as a user types it, without a gold answer where the task needs one. Generated
+        tasks: of its key too."""
         ...
 
     def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]: ...

@@ -7,7 +7,7 @@ import pytest
 
 from configs import load
 from flows.observers import Silent
-from flows.plan import make_plan
+from flows.plan import make_plan, show
 from flows.runner import Options, improve
 from flows.stages import overlapping
 from flows.state import Loop, RoundRecord
@@ -81,6 +81,35 @@ def test_the_plan_is_what_the_round_then_does(tmp_path, monkeypatch, search):
         spend = json.loads((tmp_path / "smoke" / "round-001" / stage / "spend.json").read_text())
         assert plan["samples"][stage] == spend["samples"], stage
     assert plan["gate"]["problems"] == 250
+
+
+def test_generated_problems_recycle_until_all_are_solved(tmp_path, monkeypatch, capsys):
+    """46 training problems, 30 a round; the plan tells each time what the round then takes, and that none is left."""
+    monkeypatch.setattr("flows.runner.report", lambda loop, record: None)
+    monkeypatch.setattr("search.tasks.splits.MAX_REPEATS", 2000)  # enough for so few
+    few = ["task.min_numbers=2", "task.max_numbers=2", "task.max_value=30", "search.problems=30"]
+    few += ["splits.train=0.04", "splits.fit=0.06", "splits.validation=0.3", "splits.gate=0.3", "splits.test=0.3"]
+    config = load.load("smoke", [*TINY, *few, "engine.accuracy=0.5"])
+    loop, seen, recycled = tmp_path / "smoke", set(), []
+    outcome, planned = None, {}
+    while (outcome is None or not outcome.nothing) and len(recycled) < 10:
+        planned = make_plan(config, tmp_path)["problems"]
+        outcome = improve(config, Options(tmp_path), Silent())
+        if not outcome.nothing:
+            folder = loop / outcome.records[-1].folder
+            drawn = {json.loads(line)["key"] for line in (folder / "problems" / "search.jsonl").open()}
+            recycled.append(len(drawn & seen))
+            assert (planned["this_round"], planned["recycled"]) == (len(drawn), recycled[-1])
+            seen |= drawn
+            searched = json.loads((folder / "search" / "outcomes.json").read_text())
+            assert set(searched) == drawn
+    assert recycled[:2] == [0, 14]
+    assert len(seen) == 46
+    assert outcome is not None
+    assert outcome.nothing == "nothing new and nothing unsolved: every training problem was searched and solved"
+    assert (planned["this_round"], planned["searched"], planned["unsolved"]) == (0, 46, 0)
+    show(make_plan(config, tmp_path))
+    assert "problems: 0 this round (nothing new and nothing unsolved; 46 searched" in capsys.readouterr().out
 
 
 def test_what_a_round_refuses_has_no_plan(tmp_path):

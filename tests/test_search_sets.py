@@ -22,6 +22,9 @@ from search.tasks.splits import split_of
 from search.types import Problem
 
 SMOKE = load.load("smoke")
+FEW = ["task.min_numbers=2", "task.max_numbers=2", "task.max_value=30", "search.problems=30"]
+FEW += ["splits.train=0.04", "splits.fit=0.06", "splits.validation=0.3", "splits.gate=0.3", "splits.test=0.3"]
+FEW += ["difficulty.problems=50", "gate.problems=200", "evaluate.test_problems=200"]
 
 
 def file_config(tmp_path: Path, num: int, *overrides: str):
@@ -63,6 +66,72 @@ def test_generated_search_problems_are_new_ones():
     first = sets_of(SMOKE, 1, None)["search"]
     searched = {key: Outcome(1, 8) for key in first}
     assert not set(first) & set(sets_of(SMOKE, 2, None, searched)["search"])
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A countdown of 46 training problems, 30 a round."""
+    monkeypatch.setattr("search.tasks.splits.MAX_REPEATS", 2000)  # enough for so few
+    return load.load("smoke", FEW)
+
+
+def all_at_once(config):
+    return config.model_copy(update={"search": config.search.model_copy(update={"problems": 1000})})
+
+
+def test_generated_problems_that_are_used_up_recycle_unsolved_first(few):
+    first = sets_of(few, 1, None)["search"]
+    chances = [0, 3, 1, 2]
+    searched = {key: Outcome(chances[i % 4], 4) for i, key in enumerate(first)}
+    task = load_task(few)
+    drawn = draw_sets(task, few, 2, None, searched)["search"]
+    again = [searched[p.key].correct for p in drawn if p.key in searched]
+    assert len(drawn) == len({p.key for p in drawn}) == 30
+    assert len(again) == 30 - 16  # the others are all that are new
+    assert not any(p.key in searched for p in drawn[:16])
+    assert again == sorted(searched[key].correct for key in first)[:14]
+    assert drawn == draw_sets(task, few, 2, None, dict(reversed(searched.items())))["search"]
+
+    searched |= {p.key: Outcome(0, 4) for p in drawn}
+    third = draw_sets(task, few, 3, None, searched)["search"]
+    assert len(third) == 30
+    assert all(searched[p.key].correct <= 1 for p in third)
+
+
+def test_generated_problems_that_are_all_solved_leave_nothing_to_search(few):
+    everything = sets_of(all_at_once(few), 1, None)["search"]
+    assert len(everything) == 46
+    solved = {key: Outcome(1, 4) for key in everything}
+    assert sets_of(few, 2, None, solved)["search"] == []
+    solved[everything[7]] = Outcome(0, 4)
+    assert sets_of(few, 2, None, solved)["search"][0] == everything[7]
+
+
+def test_a_guard_problem_that_was_searched_once_is_not_recycled(few):
+    task = load_task(few)
+    first = draw_sets(task, few, 1, None, {})["search"]
+    searched = {p.key: Outcome(0, 4) for p in first}
+    again = draw_sets(task, few, 2, None, searched, guards=first[:20])["search"]
+    assert len(again) == 46 - 20
+    assert not {p.key for p in first[:20]} & {p.key for p in again}
+
+
+def test_what_the_task_no_longer_poses_is_not_recycled(few):
+    searched = {key: Outcome(0, 4) for key in (*sets_of(few, 1, None)["search"], "3,5,7>22")}
+    assert len(sets_of(all_at_once(few), 2, None, searched)["search"]) == 46
+
+
+def test_a_held_out_set_that_cannot_be_filled_is_an_error(few):
+    many = few.model_copy(update={"gate": few.gate.model_copy(update={"problems": 1000})})
+    with pytest.raises(DataError, match=r"1000 new problems of the gate split .* only \d+ exist"):
+        sets_of(many, 1, None)
+
+
+@pytest.mark.parametrize("name", ["countdown", "arithmetic"])
+def test_a_generated_problem_is_read_back_from_its_key(name):
+    task = load_task(load.load(name))
+    for problem in task.draw("train", 200, stream="x"):
+        assert task.parse(problem.key) == problem
 
 
 def test_problems_of_a_guard_set_are_never_searched(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from configs.schema import Splits
 from search.errors import DataError
-from search.tasks.splits import split_of, take_distinct
+from search.tasks.splits import Exhausted, split_of, take_distinct
 from search.types import Problem
 
 
@@ -44,8 +44,12 @@ def test_take_distinct_skips_repeats_and_used_ones() -> None:
 
 
 def test_an_exhausted_space_says_how_many_exist() -> None:
-    with pytest.raises(DataError, match=r"5 new problems of the gate split .* only 3 exist besides 1 already used"):
+    with pytest.raises(
+        Exhausted, match=r"5 new problems of the gate split .* only 3 exist besides 1 already used"
+    ) as e:
         take_distinct(stream("abcad"), 5, split="gate", exclude=frozenset("b"))
+    assert isinstance(e.value, DataError)
+    assert [p.key for p in e.value.found] == ["a", "c", "d"]
 
 
 def test_taking_none_reads_nothing() -> None:

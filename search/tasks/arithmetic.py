@@ -32,7 +32,7 @@ Operation = tuple[str, int]
 
 
 class Arithmetic:
-    """The task; see the module. Raises DataError where a draw asks for more problems than exist."""
+    """The task; see the module. Raises Exhausted, a DataError, where a draw asks for more problems than exist."""
 
     name = "arithmetic"
     step_delimiter = "\n"

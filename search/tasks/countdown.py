@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 
 class Countdown:
-    """The task; see the module. Raises DataError where a draw asks for more problems than exist."""
+    """The task; see the module. Raises Exhausted, a DataError, where a draw asks for more problems than exist."""
 
     name = "countdown"
     step_delimiter = "\n"

@@ -15,6 +15,12 @@ from search.types import SPLITS, Problem, Split
 MAX_REPEATS = 20_000  # draws in a row without a new problem: the space is taken for exhausted
 
 
+class Exhausted(DataError):
+    """Fewer problems exist than were asked for; `found` holds those that do."""
+
+    found: tuple[Problem, ...] = ()
+
+
 def split_of(key: str, splits: Splits) -> Split:
     """The split of a problem key. Example: split_of("3,5,7>22", Splits()) == "train" """
     position = key64("split", key) / 2**64
@@ -33,7 +39,7 @@ def split_of(key: str, splits: Splits) -> Split:
 def take_distinct(problems: Iterable[Problem], num: int, *, split: Split, exclude: frozenset[str]) -> list[Problem]:
     """The first `num` distinct problems of an endless stream that are not in `exclude`.
 
-    The stream holds problems of `split` only. Raises DataError, saying how many there are, once the stream has
+    The stream holds problems of `split` only. Raises Exhausted, saying how many there are, once the stream has
     repeated itself for long.
     """
     found: dict[str, Problem] = {}
@@ -54,7 +60,9 @@ def take_distinct(problems: Iterable[Problem], num: int, *, split: Split, exclud
         found[problem.key] = problem
         if len(found) == num:
             return list(found.values())
-    raise DataError(
+    error = Exhausted(
         f"{num} new problems of the {split} split were asked for, but only {len(found)} exist besides "
         f"{len(skipped)} already used: ask for fewer, widen the task's ranges or raise splits.{split}"
     )
+    error.found = tuple(found.values())
+    raise error
