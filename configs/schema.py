@@ -489,6 +489,29 @@ class Distill(Section):
         return self
 
 
+class Revision(Section):
+    """A second policy, trained to mend the winner's wrong answers, and the verifier that reads its chains.
+
+    Snell et al. 2024, section 6.1. Its answers come in chains, each attempt shown the last few before it.
+    """
+
+    enabled: bool = False
+    problems: PositiveInt = Field(default=1000, description="training problems on which the winner draws fresh answers")
+    samples: PositiveInt = Field(default=16, description="fresh answers of each; the paper draws 64")
+    max_attempts: PositiveInt = Field(default=4, description="wrong answers shown: 0 to as many, each as often")
+    per_problem: PositiveInt = Field(default=4, description="distinct right answers trained on of one problem")
+    per_answer: PositiveInt = Field(default=1, description="trajectories that end in one right answer")
+    keep_right: Fraction = Field(
+        default=0.3, description="share of trajectories whose last attempts are right already, and stay: not the paper's"
+    )
+    turns: PositiveInt = Field(default=4, ge=2, description="attempts of a chain, where checkpoints are compared")
+    checkpoints: PositiveInt = Field(default=4, description="compared by how well they revise; the best is kept")
+    verifier_samples: int = Field(
+        default=16, ge=0, description="chained answers to a problem on which the chains' verifier is trained; 0: none"
+    )
+    train: Distill = Distill()
+
+
 class Difficulty(Section):
     problems: PositiveInt = Field(
         default=1000, description="fit problems labelled by plain samples, besides the search's own"
@@ -579,6 +602,7 @@ class Config(Section):
     search: Search = Search()
     select: Select = Select()
     distill: Distill = Distill()
+    revision: Revision = Revision()
     difficulty: Difficulty = Difficulty()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
