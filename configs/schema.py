@@ -272,13 +272,21 @@ EngineConfig = Annotated[ScriptedEngine | TransformersEngine | VllmEngine | Serv
 # ---------------------------------------------------------------- verifiers
 
 
+class ScoringSection(Section):
+    """A verifier. `scores_steps`: it scores every step, not finished answers alone."""
+
+    @property
+    def scores_steps(self) -> bool:
+        return True
+
+
 class NoVerifier(Section):
     """Nothing scores: answers are chosen by majority."""
 
     type: Literal["none"] = "none"
 
 
-class OracleVerifier(Section):
+class OracleVerifier(ScoringSection):
     """The task's own checker with errors of a known rate. It sees the gold answers: for tests and benchmarks only."""
 
     type: Literal["oracle"]
@@ -289,7 +297,7 @@ class OracleVerifier(Section):
     parameters: int = Field(default=0, ge=0, description="its size, for the FLOPs; 0: free")
 
 
-class VerifierRuntime(Section):
+class VerifierRuntime(ScoringSection):
     """How the model of a verifier is run."""
 
     runtime: Literal["transformers", "vllm"] = "transformers"
@@ -355,6 +363,10 @@ class TrainedVerifier(VerifierRuntime):
     )
     flip_labels: Fraction = Field(default=0.0, description="share of labels turned round: to measure robustness")
 
+    @property
+    def scores_steps(self) -> bool:
+        return self.kind == "prm"
+
     @model_validator(mode="after")
     def _batches(self) -> TrainedVerifier:
         if self.batch_size % self.micro_batch_size:
@@ -381,8 +393,12 @@ class PretrainedVerifier(VerifierRuntime):
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     trust_remote_code: bool = False
 
+    @property
+    def scores_steps(self) -> bool:
+        return self.format != "sequence_classifier"
 
-class JudgeVerifier(Section):
+
+class JudgeVerifier(ScoringSection):
     """A language model behind a completions or chat server that is asked for a verdict."""
 
     type: Literal["judge"]
@@ -397,6 +413,10 @@ class JudgeVerifier(Section):
     max_concurrency: PositiveInt = 32
     timeout_s: float = Field(default=600, gt=0)
     retries: int = Field(default=5, ge=0)
+
+    @property
+    def scores_steps(self) -> bool:
+        return self.process
 
 
 class CertaintyVerifier(VerifierRuntime):
@@ -502,7 +522,8 @@ class Revision(Section):
     per_problem: PositiveInt = Field(default=4, description="distinct right answers trained on of one problem")
     per_answer: PositiveInt = Field(default=1, description="trajectories that end in one right answer")
     keep_right: Fraction = Field(
-        default=0.3, description="share of trajectories whose last attempts are right already, and stay: not the paper's"
+        default=0.3,
+        description="share of trajectories whose last attempts are right already, and stay: not the paper's",
     )
     turns: PositiveInt = Field(default=4, ge=2, description="attempts of a chain, where checkpoints are compared")
     checkpoints: PositiveInt = Field(default=4, description="compared by how well they revise; the best is kept")
