@@ -65,14 +65,18 @@ class GenerativeReadout(nn.Module):
 
 def token_logprobs(model: Any, states_BTH: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
     """log p(id t | before) at every t, [B, T], float32; 0 at t = 0. `states`: the causal model's last hidden ones."""
-    head = model.get_output_embeddings()
-    flat, targets = states_BTH[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-    size = len(flat) if torch.is_grad_enabled() else CHUNK_TOKENS
+    flat = flat_logprobs(model.get_output_embeddings(), states_BTH[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+    return F.pad(flat.view(len(ids_BT), -1), (1, 0))
+
+
+def flat_logprobs(output: Any, before_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    """log p(ids[n] | before), float32 [N]; `output`: the model's output head, `before`: the state it reads."""
+    size = len(ids_N) if torch.is_grad_enabled() else CHUNK_TOKENS
     parts = [
-        -F.cross_entropy(head(flat[i : i + size]).float(), targets[i : i + size], reduction="none")
-        for i in range(0, len(flat), max(1, size))
+        -F.cross_entropy(output(before_NH[i : i + size]).float(), ids_N[i : i + size], reduction="none")
+        for i in range(0, len(ids_N), max(1, size))
     ]
-    return F.pad(torch.cat(parts).view(len(ids_BT), -1), (1, 0))
+    return torch.cat(parts) if parts else before_NH.new_zeros(0, dtype=torch.float32)
 
 
 def last_states(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
