@@ -132,7 +132,8 @@ def eval_command(
     split: Annotated[str, typer.Option(help="validation or test (a look at the test set is counted)")] = "validation",
     problems: Annotated[int, typer.Option(min=1, help="how many problems at most")] = 500,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="hard cap on the tokens generated; what is finished is reported")
+        int | None,
+        typer.Option(min=1, help="hard cap on the tokens generated, stored ones too; what is finished is reported"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="search again what is stored under runs/LOOP/eval")] = False,
     pool: Annotated[Path | None, typer.Option(help="a JSONL file of samples made elsewhere")] = None,

@@ -1,7 +1,8 @@
 """The searches of `ratchet eval`, done in the stage's process: shard by shard, the same problems under every strategy
 before the next ones, so that what an interrupted or capped evaluation leaves can be compared.
 
-A shard that was cut short (by a kill on a streaming engine, by --max-tokens anywhere) keeps its finished problems.
+A shard that was cut short (by a kill on a streaming engine, by --max-tokens anywhere) keeps its finished problems, and
+notes what --max-tokens cut off: it was spent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from flows.eval_store import Cell, count_lines, fitted
+from flows.eval_store import Cell, count_lines, fitted, kept
 from flows.stages import write_json
 from search import answers
 from search.engines import load_engine, num_processes
@@ -23,7 +24,7 @@ from search.engines.reference import policy_path
 from search.errors import VerifierError
 from search.parallel import Report, fork_map
 from search.policy import Policy, Sampler, Scorer
-from search.results import partial_path, read_partial, read_results, write_results
+from search.results import read_results, read_unfinished, write_results, write_unfinished
 from search.run import Plan, Progress, search_shard
 from search.scheduler import Searching, Tick, run_together
 from search.sets import read_problems
@@ -207,23 +208,21 @@ class _Process:
         """Search what the shard lacks; True where there was something to do."""
         if count_lines(shard.path) == shard.end - shard.start:
             return False
-        kept = {r.problem.key: r for r in read_partial(partial_path(shard.path))}
-        if shard.path.exists():
-            kept |= {r.problem.key: r for r in read_results(shard.path)}
+        there = kept(shard.path)
         problems = self._problems[shard.start : shard.end]
         left = None if self._max_tokens is None else self._max_tokens - self._done.tokens
         if left is not None and left <= 0:
             return False
         verifier = self._verifier if shard.cell.verified else None
-        before = replace(self._done, cell=shard.cell.name)
+        before, cut_off = replace(self._done, cell=shard.cell.name), read_unfinished(shard.path)
 
         def on_tick(tick: Tick) -> None:
-            part = (len(kept) + tick.finished) / len(problems)
+            part = (len(there) + tick.finished) / len(problems)
             self._tell(
                 asdict(
                     Done(
                         before.weight + part * shard.weight,
-                        before.problems + len(kept) + tick.finished,
+                        before.problems + len(there) + tick.finished,
                         before.tokens + tick.tokens,
                         before.steps + tick.steps,
                         before.cell,
@@ -234,13 +233,14 @@ class _Process:
 
         search_shard(
             problems,
-            kept.values(),
+            there.values(),
             plan_of(shard.cell, verifier),
             self._sampler,
             shard.path,
             verifier=verifier,
             max_tokens=left,
             on_tick=on_tick,
+            on_unfinished=lambda spend: write_unfinished(cut_off + spend, shard.path),
         )
         return True
 

@@ -2,7 +2,8 @@
 
 A folder is named by a hash of all that decides what is in it (model, engine, sampling, seed, problems, strategy,
 budget, verifier, the code that searches), so results of different settings never mix, and equal ones are reused. In
-it: cell.json (what was hashed), shard-*.jsonl (search results), timing.jsonl, and of a complete search result.json.
+it: cell.json (what was hashed), shard-*.jsonl (search results), shard-*.unfinished.json (what problems cost that a cap
+cut off, all calls together), timing.jsonl, and of a complete search result.json.
 Independent samples are kept in blocks: samples 0..15, and later 16..63 beside them. Any folder may be deleted.
 """
 
@@ -22,9 +23,10 @@ from flows.artefacts import atomic_write, sha256_file, sha256_json
 from search.engines.reference import policy_path
 from search.evaluate import Outcomes, joined, pool_figures, read_outcomes, reduce_pool
 from search.evaluate import PoolFigures as Figures
+from search.results import partial_path, read_partial, read_results, read_unfinished
 from search.strategies import VOTES, Spec
 from search.thresholds import GRID, needs_fit
-from search.types import Budget, Problem, Spend
+from search.types import Budget, Problem, SearchResult, Spend
 
 SHARD_SAMPLES = 4000  # about as many answers are committed together
 _SCORING = 0.05  # of the work of drawing an answer, about
@@ -73,6 +75,24 @@ class Cell:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]
         return sum(row["wall_s"] / row["processes"] for row in rows)
+
+    def unfinished(self) -> Spend:
+        """What problems have cost that a cap cut off, all calls together; in no result, also where they were done
+        later."""
+        return sum(map(read_unfinished, self._shards()), Spend())
+
+    def generated_tokens(self) -> int:
+        """All that was generated for it and is accounted for: results, what a cap cut off, and its threshold's fit."""
+        if self.scores:  # their samples' own
+            return 0
+        fit = read_fit(self)
+        finished = (result.spend.generated_tokens for path in self._shards() for result in kept(path).values())
+        return (fit["tokens"] if fit else 0) + self.unfinished().generated_tokens + sum(finished)
+
+    def _shards(self) -> list[Path]:
+        """The shards that were begun, there or not."""
+        names = {path.name.partition(".")[0] for path in self.folder.glob("shard-*")}
+        return [self.folder / f"{name}.jsonl" for name in sorted(names)]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder), "scores": str(self.scores) if self.scores else None}
@@ -191,6 +211,12 @@ class Store:
 
 
 # ---------------------------------------------------------------- reading
+
+
+def kept(shard: Path) -> dict[str, SearchResult]:
+    """By problem, what a shard holds and what an interrupted call had finished of it."""
+    results = itertools.chain(read_partial(partial_path(shard)), read_results(shard) if shard.exists() else ())
+    return {result.problem.key: result for result in results}
 
 
 def fitted(cell: Cell) -> float | None:

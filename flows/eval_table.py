@@ -43,6 +43,9 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
         console.print()
         console.print(_fitting(_spends, found, LEAST, console))
         console.print(Text("per problem; FLOPs: each distinct token once, actual: as computed", style="dim"))
+    if unfinished := found.get("unfinished"):
+        tokens = count(unfinished["generated_tokens"])
+        console.print(Text(f"besides these: {tokens} tokens for what --max-tokens cut off", style="dim"))
     if any(r.get("approximate") for r in results):
         console.print(Text("approximate: the engine does not return its token ids, so prefixes may differ from them"))
     for line in _failures(results):

@@ -60,7 +60,7 @@ class Request:
     budgets: tuple[float, ...] | None
     strategies: str | None = None
     unit: str = "samples"
-    max_tokens: int | None = None  # hard cap on what is generated, all searches together
+    max_tokens: int | None = None  # hard cap on what is generated, all searches together, what is stored of them too
     fresh: bool = False  # do again what is stored
 
 
@@ -103,9 +103,10 @@ def evaluate_model(
             store.forget(searches.cells)
         _search(config, policy, split, problems, fit, searches.cells, request)
         rows, curves, num_ungraded = searches.rows({p.key: i for i, p in enumerate(problems)})
-    _tell_unfinished(rows, len(problems), request.max_tokens)
+        spent = searches.spent(request.max_tokens)
+    _tell_unfinished(rows, len(problems), request.max_tokens, spent.get("generated_tokens"))
     found = to_json(task.name, len(problems), num_ungraded, rows, curves)
-    found |= {"unit": request.unit, "model": model, "split": split}
+    found |= {"unit": request.unit, "model": model, "split": split, **spent}
     if report:
         _draw(found, runs_dir / config.loop.name / f"eval-{model.replace('/', '_')}-{split}.png")
     return found
@@ -179,6 +180,13 @@ class _Searches:
         searched = sorted(dict.fromkeys(self._cells.values()), key=lambda cell: cell.weight)
         return [*self._blocks, *self._scores, *searched]
 
+    def spent(self, max_tokens: int | None) -> dict[str, Any]:
+        """What no row tells: "unfinished", the cost of what a cap cut off, where one did; and with a cap
+        "generated_tokens", all that it counts, each search once."""
+        unfinished = sum((cell.unfinished() for cell in self.cells), Spend())
+        found: dict[str, Any] = {} if unfinished == Spend() else {"unfinished": unfinished.to_json()}
+        return found if max_tokens is None else found | {"generated_tokens": _generated_tokens(self.cells)}
+
     def rows(self, order: Mapping[str, int]) -> tuple[list[Row], list[Row], int]:
         """A row for each item; more points of the baselines' curves; ungraded answers."""
         pooled, num_ungraded = self._pool_rows(order)
@@ -215,6 +223,10 @@ class _Searches:
         return {(row.strategy, row.budget): row for row in rows}, figures.num_ungraded
 
 
+def _generated_tokens(cells: Sequence[Cell]) -> int:
+    return sum(cell.generated_tokens() for cell in cells)
+
+
 def _search(
     config: Config,
     policy: Path,
@@ -231,8 +243,9 @@ def _search(
         print(f"{there} ({cells[0].folder.parent}); --fresh does them anew", file=sys.stderr)
     if not lacking:
         return
+    left = None if request.max_tokens is None else max(0, request.max_tokens - _generated_tokens(cells))
     with work_folder() as folder:
-        wanted = {"split": split, "max_tokens": request.max_tokens, "cells": [cell.to_json() for cell in lacking]}
+        wanted = {"split": split, "max_tokens": left, "cells": [cell.to_json() for cell in lacking]}
         write_json(folder / "request.json", wanted)
         write_problems(problems, folder / "problems.jsonl")
         if any(needs_fit(parse(cell.strategy)) for cell in lacking if cell.strategy):
@@ -264,7 +277,9 @@ def sample(context: Context, inputs: Inputs, out: Path) -> None:
     run_cells(context.config, inputs, context.progress)
 
 
-def _tell_unfinished(rows: Sequence[Row], num_problems: int, max_tokens: int | None) -> None:
+def _tell_unfinished(
+    rows: Sequence[Row], num_problems: int, max_tokens: int | None, generated_tokens: int | None
+) -> None:
     """Which figures lack problems; only a cap makes them lack some."""
     lacking = [(row, num_problems - len(row.values)) for row in rows if len(row.values) < num_problems]
     if not lacking:
@@ -273,7 +288,8 @@ def _tell_unfinished(rows: Sequence[Row], num_problems: int, max_tokens: int | N
     each = ", ".join(f"{row.strategy} @ {row.budget:g} {num}" for row, num in lacking)
     print(
         f"--max-tokens {max_tokens}: up to {most} of {num_problems} problems are left out ({each}). Figures are over "
-        "the finished ones, and the first to finish are the easier ones; the same command with a higher cap goes on",
+        f"the finished ones, and the first to finish are the easier ones. {generated_tokens} tokens were generated, "
+        "stored searches included; the same command with a higher cap goes on",
         file=sys.stderr,
     )
 

@@ -111,8 +111,9 @@ def search(
     if not on_result:  # graded together, which is faster
         there = [i for i, found in enumerate(found_P) if found is not None]
         finished(there, [found for found in found_P if found is not None])
-    if on_unfinished:
-        on_unfinished(sum((p.spend for i, p in enumerate(policies) if i not in results), Spend()))
+    if on_unfinished:  # a problem that generated nothing has asked only: nothing was drawn
+        unfinished = (p.spend for i, p in enumerate(policies) if i not in results)
+        on_unfinished(sum((spend for spend in unfinished if spend.generated_tokens), Spend()))
     return [results[i] for i in sorted(results)]
 
 

@@ -64,6 +64,12 @@ def test_rows_of_fewer_problems_say_so():
     assert "20" in text.splitlines()[3]
 
 
+def test_what_a_cap_cut_off_is_told_besides(everything):
+    line = "besides these: 31.4 k tokens for what --max-tokens cut off"
+    assert line not in printed(everything)
+    assert line in printed(everything | {"unfinished": Spend(generated_tokens=31_400).to_json()})
+
+
 def test_a_pool_without_tokens_has_no_table_of_spend():
     text = printed(to_json("math", 50, 0, [row("majority", 4, 0.4, tokens=0, wall_s=None)]))
     assert "generated" not in text

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import re
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,6 +15,7 @@ from search import run as search_run
 from search.errors import BudgetError, ConfigError, EngineError, LockedError
 from search.results import read_results
 from search.types import VerifierFacts
+from tests import engine_zoo
 
 PROCESS, OUTCOME = VerifierFacts("v", 0), VerifierFacts("v", 0, process=False)
 BOTH = Request((1, 4), "greedy,pass,majority")
@@ -294,8 +293,6 @@ def test_an_interrupted_evaluation_goes_on(run, searched, tmp_path, monkeypatch)
 
 
 def test_a_streaming_engine_that_dies_loses_nothing_that_was_finished(run, searched, tmp_path, monkeypatch):
-    from tests import engine_zoo
-
     load_engine = eval_run.load_engine
     request = Request((4,), "majority,beam(width=2)")
     monkeypatch.setattr(
@@ -324,29 +321,7 @@ def test_two_evaluations_of_a_loop_do_not_run_at_once(run, tmp_path, monkeypatch
         run(BOTH)
 
 
-# ---------------------------------------------------------------- caps and failures
-
-
-def test_a_cap_ends_cleanly_and_the_figures_say_of_how_many(run, capsys, tmp_path):
-    request = Request((4,), "greedy,majority,beam(width=2)", max_tokens=6000)
-    found = run(request, noise=0.1, problems=60)
-    spent = sum(r.spend.generated_tokens for folder in by_cell(tmp_path).values() for r in read_results(folder))
-    assert 0 < spent <= 6000
-    assert found["n"] == 60
-    lacking = {r["strategy"]: 60 - r["n"] for r in found["results"]}
-    assert sum(lacking.values()) > 0
-    message = capsys.readouterr().err
-    assert re.search(rf"--max-tokens 6000: up to {max(lacking.values())} of 60 problems are left out", message)
-    whole = run(Request((4,), request.strategies), noise=0.1, problems=60)
-    assert all(r["n"] == 60 for r in whole["results"])
-    assert whole["results"][0]["accuracy"] is not None
-
-
-def test_a_cap_that_buys_nothing_leaves_rows_without_figures(run):
-    found = run(Request((4,), "majority", max_tokens=1))
-    (r,) = found["results"]
-    assert (r["n"], r["accuracy"], r["gain"]) == (0, None, None)
-    json.dumps(found, allow_nan=False)
+# ---------------------------------------------------------------- failures, fits, reports
 
 
 def test_a_failed_problem_counts_as_not_solved_and_is_told(run, monkeypatch):
@@ -404,25 +379,6 @@ def test_a_fit_leaves_no_engine_in_the_process_that_forks_afterwards(run, tmp_pa
     in_fit, in_search = map(int, (tmp_path / "pids").read_text().split())
     assert in_fit != os.getpid()
     assert pids == [in_search] == [os.getpid()]
-
-
-def test_a_fit_counts_against_the_cap(run, tmp_path, capsys):
-    strategy = "step_rejection(draws=4, threshold=fit)"
-    run(Request((4,), strategy), noise=0.0)
-    (path,) = tmp_path.glob("mine/eval/*/fit.json")
-    tokens = json.loads(path.read_text())["tokens"]
-    shutil.rmtree(tmp_path / "mine")
-    cap = tokens + 300
-    run(Request((4,), strategy, max_tokens=cap), noise=0.0)
-    spent = sum(r.spend.generated_tokens for r in read_results(path.parent))
-    assert json.loads(path.read_text())["tokens"] == tokens
-    assert 0 < spent <= 300
-    shutil.rmtree(tmp_path / "mine")
-    capsys.readouterr()
-    run(Request((4,), strategy, max_tokens=tokens // 2), noise=0.0)
-    assert re.search(r"--max-tokens ended that after [1-4] of 5 thresholds", capsys.readouterr().err)
-    with pytest.raises(ConfigError, match="does not let one threshold be tried on 100 problems"):
-        run(Request((8,), strategy, max_tokens=50), noise=0.0)
 
 
 def test_the_report_is_drawn(run, tmp_path, capsys):
