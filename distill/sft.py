@@ -14,7 +14,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from transformers import set_seed
 
 from configs.schema import Distill, Model
 from distill import checkpoints, lora
-from distill.trainer import CurveLog, Examples, Trainer, trainer_settings, write_trl_yaml
-from search.errors import ConfigError, DataError, TrainingError
+from distill.trainer import Examples, Trainer, trainer_settings, write_trl_yaml
+from distill.training import CurveLog, Progress, find_device, smaller, write_json
+from search.errors import DataError, TrainingError
 from search.randomness import key64
 
-Progress = Callable[..., None]
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
 
 
@@ -88,13 +87,13 @@ def train(
         report = run.finish(resume)
         if report is not None:
             break
-        micro_batch_size = _smaller(micro_batch_size, config.batch_size)
+        micro_batch_size = smaller(micro_batch_size, config.batch_size)
         del run
         gc.collect()
         torch.cuda.empty_cache()
-    _write_json(out / "report.json", asdict(report))
+    write_json(out / "report.json", asdict(report))
     resumed = int(resume.name.removeprefix("checkpoint-")) if resume else 0
-    _write_json(out / "timing.json", {"wall_s": round(time.monotonic() - started, 3), "resumed_from_step": resumed})
+    write_json(out / "timing.json", {"wall_s": round(time.monotonic() - started, 3), "resumed_from_step": resumed})
     shutil.rmtree(out / "checkpoints")
     return report
 
@@ -121,18 +120,6 @@ def read_examples(rows: Path, max_length: int) -> Examples:
             f"{max_length}, {examples.dropped_empty} have no prompt or no completion"
         )
     return examples
-
-
-def find_device(wanted: str) -> str:
-    """ "cpu" or "cuda" of a device as the configuration names it. Raises ConfigError where there is no such GPU."""
-    kind = wanted.partition(":")[0]
-    if kind == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"engine.device = '{wanted}': training runs on auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"engine.device = '{wanted}', but no CUDA device answers here: use auto or cpu")
-    return kind
 
 
 class _Run:
@@ -172,25 +159,12 @@ class _Run:
             self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except torch.OutOfMemoryError:
             return None
-        self._check(resume)
+        self.trainer.check(resume, self.out / "checkpoints")
         report = self._report()
         self.log.write(self.trainer.state.log_history, _metrics(report))
         policy = self.policy if self.config.method == "lora" else self.policy.to(self.stored_type)
         lora.save(policy, self.tokenizer, self.out / "model")
         return report
-
-    def _check(self, resume: Path | None) -> None:
-        """Raises TrainingError unless every step was done and every trained weight is finite."""
-        state = self.trainer.state
-        if state.max_steps <= 0 or state.global_step != state.max_steps or self.trainer.steps_done == 0:
-            since = f" resumed from {resume.name}" if resume else ""
-            raise TrainingError(
-                f"the training{since} did {self.trainer.steps_done} steps and ended at step {state.global_step} of "
-                f"{state.max_steps}: remove {self.out / 'checkpoints'} to start afresh"
-            )
-        for name, parameter in self.policy.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise TrainingError(f"after training, {name} is not finite: lower distill.learning_rate")
 
     def _report(self) -> TrainReport:
         losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
@@ -218,16 +192,6 @@ class _Run:
         return trainable * 4 * (1 + 3 * num_checkpoints) + 2**20 * (1 + num_checkpoints)
 
 
-def _smaller(micro_batch_size: int, batch_size: int) -> int:
-    """The largest part of the batch at most half as big. Raises TrainingError below one row."""
-    if micro_batch_size == 1:
-        raise TrainingError(
-            "out of GPU memory with distill.micro_batch_size = 1: set distill.gradient_checkpointing = true, "
-            'distill.method = "lora", or a smaller distill.max_length'
-        )
-    return max(size for size in range(1, micro_batch_size // 2 + 1) if batch_size % size == 0)
-
-
 def _metrics(report: TrainReport) -> dict[str, float]:
     return {
         "distill/loss_first": report.loss_first,
@@ -237,7 +201,3 @@ def _metrics(report: TrainReport) -> dict[str, float]:
         "distill/dropped_rows": report.dropped_too_long + report.dropped_empty,
         "distill/trained_tokens": report.trained_tokens_per_epoch,
     }
-
-
-def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from configs.schema import Distill, Model
-from distill import checkpoints
-from distill.optim import BETAS, build_optimizer
-from search.errors import TrainingError
-from search.randomness import key64
+from distill.optim import BETAS
+from distill.training import CurveLog, Guarded, log_every
 
 IGNORED = -100  # the label of a token that the loss leaves out
 # Up to this many tokens the plain cross-entropy beats TRL's fused head, which also works out entropies.
 SMALL_VOCABULARY = 8192
-LOG_EVERY = 10
 
 
 class Examples:
@@ -92,7 +88,7 @@ def trainer_settings(config: Distill, model: Model, device: str, micro_batch_siz
         "packing": False,
         "completion_only_loss": False,  # the labels say it
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "logging_steps": _log_every(config.checkpoint_steps),
+        "logging_steps": log_every(config.checkpoint_steps),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "report_to": [],
@@ -100,43 +96,10 @@ def trainer_settings(config: Distill, model: Model, device: str, micro_batch_siz
     }
 
 
-def _log_every(checkpoint_steps: int) -> int:
-    """A divisor of the checkpoint interval: a loss window cut by a resume would be averaged differently."""
-    return max(n for n in range(1, LOG_EVERY + 1) if checkpoint_steps % n == 0)
+class Trainer(Guarded, SFTTrainer):
+    """One training."""
 
-
-class BatchOrder(Sampler[int]):
-    """The order of the rows in one epoch: a pure function of (seed, epoch).
-
-    Rows of one optimizer step are drawn at random; among them, rows of like length share a micro batch, which saves
-    padding and, the loss being a mean over the step's tokens, changes nothing else.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(key64(self.seed, "epoch", self.epoch) % 2**63)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield from sorted(order[start : start + self.batch_size], key=lambda row: self.lengths[row])
-
-
-class Trainer(SFTTrainer):
-    """One training. `steps_done` counts the optimizer steps of this process."""
-
-    config: Distill
-    policy: Any
-    lengths: list[int]
     vocabulary: int
-    steps_done: int
-    pending_loss: torch.Tensor | None
 
     @classmethod
     def build(
@@ -171,23 +134,7 @@ class Trainer(SFTTrainer):
         trainer.remove_callback(PrinterCallback)
         trainer.config, trainer.lengths = config, examples.lengths
         trainer.policy, trainer.vocabulary = policy, policy.config.get_text_config().vocab_size
-        trainer.steps_done, trainer.pending_loss = 0, None
         return trainer
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            config = self.config
-            self.optimizer = build_optimizer(
-                self.policy if model is None else model,
-                config.optimizer,
-                config.learning_rate,
-                config.adamw_learning_rate,
-                config.weight_decay,
-            )
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return BatchOrder(self.lengths, self.config.batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -202,68 +149,11 @@ class Trainer(SFTTrainer):
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss / num_items_in_batch
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.pending_loss = loss if self.pending_loss is None else self.pending_loss + loss
-        return loss
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Called once a step, between gradients and update. Raises TrainingError where either is not finite."""
-        norm = super()._clip_grad_norm(model)
-        for what, value in (("loss", self.pending_loss), ("gradient norm", norm)):
-            if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
-                raise TrainingError(
-                    f"the {what} of step {self.state.global_step + 1} is not finite: nothing was updated; lower "
-                    f"distill.learning_rate = {self.config.learning_rate:g} or look for broken rows"
-                )
-        self.pending_loss = None
-        self.steps_done += 1
-        return norm
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # it walks over all parameters at every step, and we count tokens
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card in a checkpoint."""
 
     def _send_telemetry(self) -> None:
         """Nobody is told that a model was trained."""
-
-
-class CurveLog(TrainerCallback):
-    """Reports progress, keeps the loss curve in metrics.jsonl, and seals checkpoints."""
-
-    def __init__(self, path: Path, progress: Callable[..., None] | None) -> None:
-        self.path, self.progress = path, progress
-
-    def write(self, history: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> None:
-        """The whole file: figures of the training, then the curve."""
-        rows: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(metrics.items())]
-        rows += [_curve_row(entry) for entry in history if "loss" in entry]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(state.log_history, {})
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_save = False  # the model itself is saved next
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_curve_row({**logs, "step": state.global_step})) + "\n")
-        if self.progress:
-            self.progress(state.global_step, state.max_steps, loss=logs["loss"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def _curve_row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": "distill/loss", "value": entry["loss"], "step": entry["step"]}
 
 
 def write_trl_yaml(

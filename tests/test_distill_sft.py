@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from configs.schema import Distill, Lora, Model
 from distill import checkpoints, lora
 from distill import trainer as trainer_module
-from distill.sft import TrainReport, find_device, read_examples, train
-from distill.trainer import BatchOrder, CurveLog, Examples, Trainer, trainer_settings
+from distill.sft import TrainReport, read_examples, train
+from distill.trainer import Examples, Trainer, trainer_settings
+from distill.training import BatchOrder, CurveLog, find_device
 from search.errors import ConfigError, DataError, DiskError, ModelError, TrainingError
 from search.tasks.tokenizer import build_tokenizer
 
