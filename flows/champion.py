@@ -33,13 +33,14 @@ class Bundle:
     verifier: Part | None = None
     difficulty: Part | None = None
     table: Part | None = None
+    reviser: Part | None = None  # the policy trained to revise, and the verifier of its chains
 
     @property
     def id(self) -> str:
         return f"round-{self.round:03d}-{sha256_json(dataclasses.asdict(self))[:8]}"
 
     def parts(self) -> dict[str, Part]:
-        named = {name: getattr(self, name) for name in ("policy", "verifier", "difficulty", "table")}
+        named = {name: getattr(self, name) for name in ("policy", "verifier", "difficulty", "table", "reviser")}
         return {name: part for name, part in named.items() if part is not None}
 
     @classmethod

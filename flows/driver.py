@@ -11,17 +11,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from configs import load
 from configs.schema import Config
 from flows.artefacts import Manifest, StageDir, StageKey, code_version, sha256_json
-from flows.searching import is_plain
+from flows.searching import is_plain, uses_verifier
 from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord, folder_name
 from search.errors import CorruptArtefact, TrainingError, UserError
 
+PARTS = ("verifier", "reviser")  # of the bundle, besides policy and difficulty; each is made by the stage of its name
 IRRELEVANT = ("tracking", "orchestration", "stages")  # sections that change no result
 
 
@@ -202,8 +203,11 @@ def run_base(run: RoundRun) -> RoundRecord:
     source = Source(policy, base.id)
     evaluation = run.stage("evaluate", {"problems": problems, "policy": source})
     difficulty = run.stage("difficulty", {"problems": problems, "policy": source})
-    bundle = Bundle(0, run.loop.part(policy), difficulty=_fitted(run, difficulty))
-    metrics = read_metrics(evaluation.path) | read_metrics(difficulty.path)
+    parts = _fit_parts(run, problems, base, source, difficulty, {}, None)
+    bundle = Bundle(0, run.loop.part(policy), difficulty=_fitted(run, difficulty), **parts)
+    metrics: dict[str, float] = {}
+    for stage in (evaluation, difficulty, *(run.folder.path / name for name in PARTS)):
+        metrics |= read_metrics(stage.path if isinstance(stage, Source) else stage)
     record = RoundRecord(
         0, "base", "the base model, as it is", metrics=metrics, models={"champion": bundle.policy.sha256}
     )
@@ -221,7 +225,8 @@ def run_improvement(run: RoundRun) -> RoundRecord:
     if not _has_problems(problems.path):
         raise NothingToDo("nothing new and nothing unsolved: every training problem was searched and solved")
     baseline = run.stage("baseline", {"problems": problems, "policy": policy})
-    searched = run.stage("search", {"problems": problems, "policy": policy})
+    scored = {"verifier": run.part(champion.verifier)} if champion.verifier and uses_verifier(run.config) else {}
+    searched = run.stage("search", {"problems": problems, "policy": policy, **scored})
     base = run.of_round(0, "base")
     try:
         selected = run.stage(
@@ -242,11 +247,38 @@ def run_improvement(run: RoundRun) -> RoundRecord:
     fresh = {} if verdict["promoted"] else {"search": searched}
     old = {"previous": run.part(champion.difficulty)} if champion.difficulty else {}
     difficulty = run.stage("difficulty", {"problems": problems, "policy": winner, **old, **fresh})
+    answers = {**earlier, f"search@{n:03d}": searched}
+    parts = _fit_parts(run, problems, base, winner, difficulty, answers, champion)
     reason = _reason(verdict)
-    if not verdict["promoted"]:
-        return _finish(run, "rejected", reason, None)
-    bundle = Bundle(n, run.loop.part(challenger.path), difficulty=_fitted(run, difficulty))
-    return _finish(run, "promoted", reason, bundle)
+    if verdict["promoted"]:
+        bundle = Bundle(n, run.loop.part(challenger.path), difficulty=_fitted(run, difficulty), **parts)
+        return _finish(run, "promoted", reason, bundle)
+    refitted = replace(champion, difficulty=_fitted(run, difficulty) or champion.difficulty, **parts)
+    return _finish(run, "rejected", reason, refitted if refitted != champion else None)
+
+
+def _fit_parts(
+    run: RoundRun,
+    problems: Source,
+    base: Source,
+    policy: Source,
+    pools: Source,
+    answers: Mapping[str, Source],
+    champion: Bundle | None,
+) -> dict[str, Part | None]:
+    """The trained parts of the bundle, fitted to the gate's winner; where one comes to nothing, the old one stays."""
+    inputs = {"problems": problems, "base": base, "policy": policy, "pools": pools, **answers}
+    wanted = {"verifier": run.config.verifier.type == "trained", "reviser": run.config.revision.enabled}
+    parts: dict[str, Part | None] = {}
+    for name in PARTS:
+        old: Part | None = getattr(champion, name) if champion else None
+        if not wanted[name]:
+            parts[name] = None
+            continue
+        made = run.stage(name, inputs | ({"previous": run.part(old)} if old else {}))
+        report = json.loads((made.path / "report.json").read_text(encoding="utf-8"))
+        parts[name] = run.loop.part(made.path) if report["usable"] else old
+    return parts
 
 
 def run_control(run: RoundRun) -> RoundRecord:
@@ -279,7 +311,7 @@ def run_control(run: RoundRun) -> RoundRecord:
 
 def _finish(run: RoundRun, verdict: Any, reason: str, bundle: Bundle | None) -> RoundRecord:
     metrics: dict[str, float] = {}
-    for stage in ("problems", "search", "select", "distill", "evaluate", "gate", "difficulty"):
+    for stage in ("problems", "search", "select", "distill", "evaluate", "gate", "difficulty", *PARTS):
         metrics |= read_metrics(run.folder.path / stage)
     looked = (run.folder.path / "gate").is_dir()
     record = RoundRecord(

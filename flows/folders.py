@@ -23,7 +23,7 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 ROUND = re.compile(r"round-(\d{3,})(-control-[a-z0-9-]+)?")
 # in the order in which they run: later figures replace earlier ones of the same name
 STAGES = ("problems", "base", "baseline", "search", "select", "distill", "evaluate", "gate")
-STAGES += ("verifier", "difficulty", "table", "report")
+STAGES += ("difficulty", "verifier", "reviser", "table", "report")
 NO_STAGE = ("corrupt", "stale", "bundles", "plots")
 
 

@@ -263,11 +263,14 @@ class _Champions:
 
 def _owners(state: LoopState) -> dict[int, str]:
     """Which moves were made by a round: id of the move -> the round's folder. The others were made by hand."""
-    waiting = [record for record in state.rounds if record.verdict in ("base", "promoted")]
+    waiting = [record for record in state.rounds if record.verdict in ("base", "promoted", "rejected")]
     owners: dict[int, str] = {}
     for move in state.moves:
         for record in waiting:
-            if move.bundle.round == record.round and move.reason == record.reason and move.action != "rollback":
+            made = move.bundle.round == record.round and record.verdict != "rejected"
+            if move.action == "refit":
+                made = any(part.path.startswith(f"{record.folder}/") for part in move.bundle.parts().values())
+            if made and move.reason == record.reason and move.action != "rollback":
                 owners[id(move)] = record.folder
                 waiting.remove(record)
                 break

@@ -19,7 +19,7 @@ def promote(config: Config, runs_dir: Path, round_number: int, reason: str) -> s
             known = [r.round for r in loop.state.rounds if r.kind == "round"]
             raise DataError(f"round {round_number} of loop {config.loop.name} made no model; its rounds: {known}")
         model = stage.path / "model" if (stage.path / "model").is_dir() else stage.path / "model.json"
-        bundle = next((m.bundle for m in loop.state.moves if m.bundle.round == round_number), None)
+        bundle = next((m.bundle for m in reversed(loop.state.moves) if m.bundle.round == round_number), None)
         bundle = bundle or Bundle(round_number, loop.part(model))
         if loop.state.champion == bundle:
             raise DataError(f"the model of round {round_number} is the champion already")

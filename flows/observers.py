@@ -67,6 +67,8 @@ WHAT = {
     "evaluate": "measuring the challenger",
     "gate": "comparing the two",
     "difficulty": "fitting the difficulty predictor",
+    "verifier": "training the verifier",
+    "reviser": "training a policy that revises",
 }
 
 
@@ -119,6 +121,8 @@ def _note(name: str, m: dict[str, float]) -> str:
             case "search":
                 lost = [("failed", "failed"), ("left unfinished by search.max_tokens", "unfinished")]
                 found = [f"{m['search/solved']:g} of {m['search/problems']:g} problems solved"]
+                if m.get("search/unverified"):
+                    found.append("by plain samples, the champion has no usable verifier")
                 return "; ".join(found + [f"{n:g} {why}" for why, k in lost if (n := m.get(f"search/{k}"))])
             case "select":
                 return f"{m['data/rows']:g} rows, {m['data/distinct_solutions']:g} distinct solutions"
@@ -129,6 +133,11 @@ def _note(name: str, m: dict[str, float]) -> str:
                 return f"{count(parameters)} parameters, {count(tokens)} tokens, loss {m['bootstrap/loss']:.3f}"
             case "gate":
                 return f"{100 * m['gate/effect']:+.1f} points, p = {m['gate/p']:.2g}"
+            case "verifier":
+                return (
+                    f"AUC within problems {m['verifier/auc_within']:.3f}, over all {m['verifier/auc']:.3f}, "
+                    f"Brier {m['verifier/brier']:.3f}"
+                )
             case "difficulty":
                 return f"Spearman {m['difficulty/spearman']:.2f}, Brier {m['difficulty/brier']:.3f}"
             case _:

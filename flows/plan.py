@@ -16,7 +16,7 @@ from typing import Any
 from configs.schema import Config
 from flows.driver import gate_set, read_metrics, wall_s
 from flows.folders import read_json
-from flows.searching import asks_verifier, check, round_plan
+from flows.searching import check, round_plan, uses_verifier
 from flows.stages import overlapping
 from flows.state import Loop, LoopState
 from search.errors import DataError
@@ -59,7 +59,7 @@ def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
         "samples": samples,
         "tokens": tokens,
         "mean_answer_tokens": round(length, 1),
-        "flops": _flops(last, tokens, samples["search"] if asks_verifier(config) else 0),
+        "flops": _flops(last, tokens, samples["search"] if uses_verifier(config) else 0),
         "wall_s": sum(wall_s(stage) for stage in last.iterdir() if stage.is_dir()) if last else None,
         "gate": {
             "problems": num_gate,

@@ -73,14 +73,13 @@ def _pool_plan(config: Config, spec: Spec, budget: Budget) -> Plan:
         raise BudgetError(
             f"search.strategy = '{spec.text}' draws fewer than search.probe_samples = {config.search.probe_samples}"
         )
-    facts = _facts(config)
     rule = spec.rule
-    if spec.name == "best_of_n" and facts is None:
-        rule = rule if spec.vote else answers.majority
+    if _takes_gold(spec):
+        rule = answers.majority
     else:
-        spec.plan(budget, facts)  # raises where it needs a verifier
+        spec.plan(budget, _facts(config))  # raises where it needs a verifier
     name = f"{spec.name}({num})"
-    return Plan(name, _strategy(spec), Budget("samples", num), gold_or(rule), bool(spec.needs))
+    return Plan(name, _strategy(spec), Budget("samples", num), gold_or(rule), _asks(spec))
 
 
 def _strategy(spec: Spec) -> Any:
@@ -88,19 +87,29 @@ def _strategy(spec: Spec) -> Any:
 
 
 def _facts(config: Config) -> VerifierFacts | None:
-    """What is known of the verifier before it is loaded: whether there is one."""
-    return None if config.verifier.type == "none" else VerifierFacts("", 0)
+    """What is known of the verifier before it is loaded: whether there is one, and whether it scores steps."""
+    settings = config.verifier
+    return None if settings.type == "none" else VerifierFacts("", 0, process=settings.scores_steps)
 
 
-def asks_verifier(config: Config) -> bool:
+def uses_verifier(config: Config) -> bool:
     """Whether the round's strategy is given the configured verifier."""
-    return bool(parse(config.search.strategy).needs) and config.verifier.type != "none"
+    return _asks(parse(config.search.strategy)) and config.verifier.type != "none"
+
+
+def _asks(spec: Spec) -> bool:
+    return bool(spec.needs) and not _takes_gold(spec)
+
+
+def _takes_gold(spec: Spec) -> bool:
+    """Plain best-of-N chooses by the gold answers in a round: scores would only cost."""
+    return spec.name == "best_of_n" and not spec.vote
 
 
 def is_plain(strategy: str, verifier: str) -> bool:
     """Does a search of this kind draw independent samples and nothing else, at no other cost?"""
     spec = parse(strategy)
-    return bool(spec.entry.pool) and (not spec.needs or verifier == "none")
+    return bool(spec.entry.pool) and (not _asks(spec) or verifier == "none")
 
 
 def gold_or(rule: Rule) -> Rule:
@@ -136,7 +145,10 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
     if context.control == "random":
         _search_plainly(context, inputs, out)
         return
-    config = context.config
+    config, unverified = context.config, False
+    if uses_verifier(config) and config.verifier.type == "trained" and "verifier" not in inputs:
+        unverified = True  # the champion has none that is usable: the round goes on without
+        config = config.model_copy(update={"search": config.search.model_copy(update={"strategy": "best_of_n"})})
     problems = read_problems(inputs["problems"] / "search.jsonl")
     job = Job(
         folder="",
@@ -145,7 +157,7 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         stage=f"search/{context.round}",
         split="train",
         shard_problems=config.search.shard_problems,
-        verified=asks_verifier(config),
+        verified=uses_verifier(config),
         stepwise=not parse(config.search.strategy).entry.pool,
         max_tokens=config.search.max_tokens,
     )
@@ -157,7 +169,8 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         outcomes[result.problem.key] = (correct, len(result.candidates))
         num_failed += result.failed is not None
     write_json(out / "outcomes.json", outcomes)
-    _write_figures(out, spend, outcomes, {"failed": num_failed, "unfinished": len(problems) - len(outcomes)})
+    figures = {"failed": num_failed, "unfinished": len(problems) - len(outcomes), "unverified": int(unverified)}
+    _write_figures(out, spend, outcomes, figures)
 
 
 def _write_figures(

@@ -28,6 +28,8 @@ WHERE = {
     "distill": "flows.learning",
     "gate": "flows.learning",
     "difficulty": "flows.predicting",
+    "verifier": "flows.verifying",
+    "reviser": "flows.revising",
     "sample": "flows.evaluation",
     "solve": "flows.solve",
 }  # the other stages lie in flows.stages

@@ -31,6 +31,7 @@ from search.errors import CorruptArtefact, DataError, UserError
 
 VERSION = 1
 Verdict = Literal["base", "promoted", "rejected", "abandoned", "control"]
+Action = Literal["base", "promote", "refit", "rollback"]  # refit: the same policy, its verifier or predictor anew
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ROUND = re.compile(r"round-(\d{3,})(?:-(control-[a-z0-9-]+))?")
 
@@ -80,7 +81,7 @@ class RoundRecord:
 class Move:
     """One change of the champion."""
 
-    action: Literal["base", "promote", "rollback"]
+    action: Action
     bundle: Bundle
     reason: str
     utc: str
@@ -144,10 +145,11 @@ class LoopState:
             raise CorruptArtefact(str(error)) from error
 
 
-def moved(state: LoopState, action: Literal["base", "promote", "rollback"], bundle: Bundle, reason: str) -> LoopState:
+def moved(state: LoopState, action: Action, bundle: Bundle, reason: str) -> LoopState:
     """The state after the champion became `bundle`; the old champion is what a rollback returns to."""
     move = Move(action, bundle, reason, utc_now())
-    return dataclasses.replace(state, champion=bundle, previous=state.champion, moves=(*state.moves, move))
+    previous = state.previous if action == "refit" else state.champion
+    return dataclasses.replace(state, champion=bundle, previous=previous, moves=(*state.moves, move))
 
 
 def with_round(state: LoopState, record: RoundRecord, bundle: Bundle | None) -> LoopState:
@@ -156,8 +158,9 @@ def with_round(state: LoopState, record: RoundRecord, bundle: Bundle | None) -> 
     if record.gate_set is not None:
         looks[record.gate_set] = looks.get(record.gate_set, 0) + 1
     if bundle is not None:
-        state = moved(state, "base" if record.verdict == "base" else "promote", bundle, record.reason)
-        looks = {}
+        action: Action = {"base": "base", "promoted": "promote"}.get(record.verdict, "refit")  # pyright: ignore
+        state = moved(state, action, bundle, record.reason)
+        looks = looks if action == "refit" else {}
     return dataclasses.replace(state, rounds=(*state.rounds, record), gate_looks=looks)
 
 
@@ -302,9 +305,11 @@ class Loop:
     def finish(self, folder: RoundFolder, record: RoundRecord, bundle: Bundle | None = None) -> RoundRecord:
         """Record a round's verdict and, with it, the new champion. Checks the bundle's hashes in full first.
 
-        Fills in the record's times and config hash. Raises CorruptArtefact.
+        A rejected round may leave the old policy with a verifier or predictor fitted anew. Fills in the record's
+        times and config hash. Raises CorruptArtefact.
         """
-        assert (bundle is not None) == (record.verdict in ("base", "promoted")), record.verdict
+        assert bundle is not None or record.verdict not in ("base", "promoted"), record.verdict
+        assert bundle is None or record.verdict in ("base", "promoted", "rejected"), record.verdict
         assert record.folder == folder.path.name, record.folder
         assert self.state.find(record.folder) is None, f"{record.folder} is finished"
         if bundle is not None:

@@ -65,7 +65,8 @@ def draw_sets(
     overlapping: Overlapping = lambda training, held_out: set(),
     guards: Sequence[Problem] = (),
 ) -> dict[str, list[Problem]]:
-    """The sets of a round: "search" (empty in round 0), "fit", "validation", "gate", "test".
+    """The sets of a round: "search" (empty in round 0), "fit", "validation", "gate", "test"; and "labels", where the
+    bundle has parts that learn from fresh answers: training problems to draw them on.
 
     `frozen` is round 0's folder of sets, None in round 0 itself. `overlapping` says which training problems of a file
     are too like a held-out one; they are never searched, and come as the set "overlapping". Nor are the problems of
@@ -96,9 +97,21 @@ def _draw_generated(
     }
     sets = {name: _first_drawn(task, name, num, frozen) for name, num in sizes.items()}
     sets |= {"gate": task.draw("gate", config.gate.problems, stream=f"gate/{round_number}"), "search": []}
+    guarded = {p.key for p in guards}
     if round_number:
-        sets["search"] = _generated_slice(task, config, f"search/{round_number}", searched, {p.key for p in guards})
+        sets["search"] = _generated_slice(task, config, f"search/{round_number}", searched, guarded)
+    if num := num_labelled(config):
+        try:
+            sets["labels"] = task.draw("train", num, stream=f"labels/{round_number}", exclude=frozenset(guarded))
+        except Exhausted as used_up:
+            sets["labels"] = list(used_up.found)
     return sets
+
+
+def num_labelled(config: Config) -> int:
+    """Training problems on which a round draws fresh answers of its winner, for verifier and reviser."""
+    verifier = config.verifier.problems if config.verifier.type == "trained" else 0
+    return max(verifier, config.revision.problems if config.revision.enabled else 0)
 
 
 def _generated_slice(
@@ -145,7 +158,11 @@ def _take_from_file(
     if frozen is None:
         held_out = {split: task.problems(split) for split in HELD_OUT}
         sets = {split: _shuffled(config, split, held_out[split])[: limits.get(split)] for split in HELD_OUT}
-        return sets | {"search": []}
+        sets |= {"search": []}
+        if num := num_labelled(config):
+            clean, _ = without_alike(task.problems("train"), sets, guards, overlapping)
+            sets["labels"] = _shuffled(config, "labels/0", clean)[:num]
+        return sets
     held_out = set(json.loads((frozen / "held_out.json").read_text(encoding="utf-8")))
     # A test file of its own stays one: what is appended to it is never trained on.
     sources: list[Split] = [
@@ -156,7 +173,10 @@ def _take_from_file(
     sets = {split: read_problems(frozen / f"{split}.jsonl") for split in HELD_OUT}
     clean, alike = without_alike(training, sets, guards, overlapping)
     chosen = take_slice(_shuffled(config, "train", clean), config.search.problems, searched)
-    return sets | {"search": chosen, "overlapping": alike}
+    sets |= {"search": chosen, "overlapping": alike}
+    if num := num_labelled(config):
+        sets["labels"] = _shuffled(config, f"labels/{round_number}", clean)[:num]
+    return sets
 
 
 def without_alike(

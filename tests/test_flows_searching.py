@@ -101,7 +101,8 @@ def test_rounds_are_refused_on_a_server():
 def test_which_searches_drew_plain_samples_alone():
     assert is_plain("best_of_n", "none")
     assert is_plain("majority", "oracle"), "it does not ask the verifier"
-    assert not is_plain("best_of_n", "oracle"), "the verifier costs"
+    assert is_plain("best_of_n", "oracle"), "a round chooses by gold answers"
+    assert not is_plain("best_of_n_weighted", "oracle"), "the verifier costs"
     assert not is_plain("majority(vote=highest)", "oracle"), "its vote asks the verifier"
     assert not is_plain("beam(width=2)", "oracle")
     assert not is_plain("adaptive_majority", "none"), "when it stops depends on what it drew"
@@ -192,7 +193,7 @@ def test_a_problem_that_failed_counts_as_not_solved_and_is_told(run, monkeypatch
             bad = [len(r.problem.question) % 2 == 0 for r in requests]
             return [Scored(tuple(math.nan if b else 1.0 for _ in r.steps)) for r, b in zip(requests, bad, strict=True)]
 
-    monkeypatch.setattr(stages, "load_verifier", lambda config, task: Broken())
+    monkeypatch.setattr(stages, "load_verifier", lambda config, task, **given: Broken())
     out = run(*BEAM)
     results = {r.problem.key: r for r in read_results(out)}
     failed = {key for key, r in results.items() if r.failed}

@@ -1,5 +1,6 @@
 """The loop's folder: records, champion, looks, damage, rebuilding."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,8 +9,9 @@ import subprocess
 import pytest
 
 from flows.artefacts import StageDir, StageKey, atomic_write
+from flows.history import load_history
 from flows.locks import lock
-from flows.state import Bundle, Loop, LoopState, RoundRecord, loop_path
+from flows.state import Bundle, Loop, LoopState, RoundRecord, loop_path, rebuild
 from search.errors import CorruptArtefact, DataError, DiskError, LockedError, UserError
 
 CONFIG = '{"loop": {"name": "toy"}}\n'
@@ -163,6 +165,26 @@ def test_counters_add_up(loop):
     do_round(loop, "rejected", counters={"train": 50, "recycled": 1})
     assert reopened(loop).state.total("train") == 150
     assert loop.state.total("recycled") == 1
+
+
+def test_after_a_rejection_the_old_policy_may_have_a_new_verifier(loop):
+    first = loop.state.champion
+    do_round(loop)
+    promoted = loop.state.champion
+    folder = loop.begin_round(CONFIG)
+    atomic_write(folder.path / "verifier.json", "{}")
+    refitted = dataclasses.replace(promoted, verifier=loop.part(folder.path / "verifier.json"))
+    loop.finish(folder, RoundRecord(2, "rejected", "no gain", gate_set="fresh"), refitted)
+    state = reopened(loop).state
+    assert state.champion == refitted
+    assert (state.champion.round, state.champion.policy) == (1, promoted.policy)
+    assert state.previous == first, "a rollback leaves the policy, not its verifier"
+    assert state.look("fresh") == 2, "the gate goes on counting"
+    assert state.moves[-1].action == "refit"
+    history = load_history(loop.path)
+    assert not history.moves_by_hand
+    assert history.champion.path == promoted.policy.path
+    assert rebuild(loop.path, "toy", "countdown") == state
 
 
 def test_looks_count_per_set_until_a_promotion(loop):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from configs.schema import Config
-from search.types import Task, Verifier
+from search.types import Aggregation, Task, Verifier, VerifierFacts
 
 
 def load_verifier(
@@ -22,3 +24,29 @@ def load_verifier(
 
         return Oracle(task, settings, seed=config.loop.seed)
     return None
+
+
+def describe(config: Config, task: Task, *, trained: Path | None = None) -> VerifierFacts | None:
+    """What can be known of the configured verifier without loading it; None where there is none. Raises ModelError.
+
+    Its fingerprint names the settings and the trained folder's files, its number of parameters is left out.
+    """
+    settings = config.verifier
+    if settings.type == "none" or settings.type == "oracle":
+        loaded = load_verifier(config, task)
+        return loaded.facts if loaded else None
+    digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
+    if settings.type == "trained":
+        if trained is None:
+            return None
+        from search.verifiers.card import Card
+
+        for path in sorted(p for p in trained.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        card = Card.load(trained)
+        return VerifierFacts(digest.hexdigest()[:16], 0, card.kind == "prm", card.aggregation)
+    aggregation: Aggregation = "last"
+    if settings.type == "pretrained":
+        aggregation = settings.aggregation
+    return VerifierFacts(digest.hexdigest()[:16], 0, settings.scores_steps, aggregation)
