@@ -9,9 +9,10 @@ import torch
 from configs.schema import Model
 from configs.schema import TransformersEngine as EngineSettings
 from search.engines.drawing import uniform
+from search.engines.growing import cache_bytes
 from search.engines.loading import flops_parameters
 from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
-from search.engines.transformers import TransformersEngine, _cache_bytes
+from search.engines.transformers import TransformersEngine
 from search.errors import ModelError
 from search.randomness import key64
 from search.tasks.tokenizer import build_tokenizer
@@ -354,7 +355,7 @@ def test_the_cache_takes_no_more_memory_than_there_is(folder, monkeypatch) -> No
     expected = tree(unbounded)[0]
     assert unbounded.cache.capacity == EngineSettings().batch_tokens
     for num_tokens in (50, 0):
-        monkeypatch.setattr("search.engines.transformers.CPU_CACHE_BYTES", num_tokens * token_bytes + token_bytes - 1)
+        monkeypatch.setattr("search.engines.growing.CPU_CACHE_BYTES", num_tokens * token_bytes + token_bytes - 1)
         bounded = load(folder)
         assert spoken(tree(bounded)[0]) == spoken(expected)
         assert bounded.cache.capacity == num_tokens
@@ -362,7 +363,7 @@ def test_the_cache_takes_no_more_memory_than_there_is(folder, monkeypatch) -> No
         tree(asked)
         assert asked.cache.capacity == 60
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 1000))
-    assert _cache_bytes(torch.device("cuda")) == 100
+    assert cache_bytes(torch.device("cuda")) == 100
 
 
 def test_flops_parameters_leave_the_embedding_out_and_the_head_in(tmp_path) -> None:

@@ -17,19 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from configs.schema import Model
 from configs.schema import TransformersEngine as EngineSettings
 from search.engines.drawing import draw, signed, uniform
+from search.engines.growing import Writing, all_grow, cache_after, cache_bytes
 from search.engines.loading import Loaded, load_model
 from search.engines.prefix_cache import NONE, PrefixCache
 from search.engines.stopping import CERTAIN, POSSIBLE, StopTable
 from search.types import Capabilities, Continuation, Finish, Request
 
 SHRINK_BELOW = 0.8  # rows leave the batch once this share is still running: copying the cache has a price too
-CPU_CACHE_BYTES = 1 << 30  # a process: countdown's 262,144 tokens take 600 MB of it
-GPU_CACHE_SHARE = 0.25  # of the memory left beside the model and the first batch: what runs needs the rest
 CUT_AT = 0.25  # a batch this full ends where the prefix length changes: equal lengths need no padding
 
 
@@ -67,7 +66,7 @@ class TransformersEngine:
         self._vocab_size = loaded.vocab_size
         self._stops = StopTable(loaded.tokenizer, loaded.vocab_size, loaded.eos_ids, loaded.device)
         room = engine.batch_tokens if engine.cache_tokens is None else engine.cache_tokens
-        self._cache = PrefixCache(room if _all_grow(loaded.model.config) else 0)
+        self._cache = PrefixCache(room if all_grow(loaded.model.config) else 0)
 
     def close(self) -> None:
         self._model = None
@@ -155,7 +154,7 @@ class TransformersEngine:
         """Before the first write: the cache gets no more memory than there is for it, unless its size was set."""
         if self._engine.cache_tokens is None and not self._cache.written:
             layers: Any = cache.layers
-            self._cache.bound([(layer.keys, layer.values) for layer in layers], _cache_bytes(self._device))
+            self._cache.bound([(layer.keys, layer.values) for layer in layers], cache_bytes(self._device))
 
     # ------------------------------------------------------------ hidden states
 
@@ -260,10 +259,8 @@ class _Decoding:
         lengths = torch.tensor([len(group.known) for group in batch], device=ids.device)
         padded = len({(len(group.known), group.num_new) for group in batch}) > 1
         extra: dict[str, Any] = {"logits_to_keep": 1}
-        cache = _growing_cache(model.config, room=ids.shape[1] + self.ids.shape[1])
-        if self.num_known:
-            for layer, (keys, values) in enumerate(self.engine.cache.read([group.known for group in batch])):
-                cache.update(keys, values, layer)
+        room = ids.shape[1] + self.ids.shape[1]
+        cache = cache_after(model.config, self.engine.cache, [group.known for group in batch], room)
         if padded:
             known = torch.arange(self.num_known, device=ids.device)[None] >= self.num_known - lengths[:, None]
             extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + lengths[:, None]
@@ -283,7 +280,7 @@ class _Decoding:
         """Prefixes that were computed: others may begin with them."""
         store = self.engine.cache
         self.engine.bound_cache(cache)
-        writing = _Writing(store, cache)
+        writing = Writing(store, cache)
         for number, group in enumerate(self.batch):
             if group.num_new > 1 and group.prefix in store:  # kept by another part of the group
                 self.slots[number] = store.slots(group.prefix)
@@ -297,7 +294,7 @@ class _Decoding:
         store = self.engine.cache
         if not store.capacity:
             return
-        writing, ended, lengths = _Writing(store, cache), self.ended.tolist(), self.lengths.tolist()
+        writing, ended, lengths = Writing(store, cache), self.ended.tolist(), self.lengths.tolist()
         for place in places:
             row, number = rows[place], self.group_of[rows[place]]
             if ended[row] != _STOP or not self.requests[row].resumable:
@@ -361,94 +358,5 @@ class _Decoding:
         return found
 
 
-class _Writing:
-    """Prefixes on their way from a batch into the engine's cache, written together."""
-
-    def __init__(self, store: PrefixCache, cache: DynamicCache) -> None:
-        self._store = store
-        self._cache = cache
-        self._tokens: tuple[list[int], list[int], list[int]] = ([], [], [])  # rows, columns, slots
-        self._prefixes: dict[tuple[int, ...], np.ndarray] = {}
-
-    def __contains__(self, prefix: tuple[int, ...]) -> bool:
-        return prefix in self._prefixes
-
-    def add(self, row: int, first_column: int, fresh: np.ndarray, prefix: tuple[int, ...], slots: np.ndarray) -> None:
-        """The tokens of a row from a column on go into `fresh` slots; the prefix lies in `slots`."""
-        rows, columns, written = self._tokens
-        rows += [row] * len(fresh)
-        columns += range(first_column, first_column + len(fresh))
-        written += fresh.tolist()
-        self._prefixes[prefix] = slots
-
-    def finish(self) -> None:
-        layers: Any = self._cache.layers
-        if self._tokens[0]:
-            self._store.write([(layer.keys, layer.values) for layer in layers], *self._tokens)
-        for prefix, slots in self._prefixes.items():
-            self._store.keep(prefix, slots)
-
-
 _FINISHES = (Finish.LENGTH, Finish.STOP, Finish.EOS, Finish.LENGTH)
 _STOP, _EOS, _LENGTH = 1, 2, 3
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values written into one buffer with room for the whole answer, instead of copied at every token."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        held = 0 if self.buffers is None else self.get_seq_length()
-        total = held + key_states.shape[-2]
-        if self.buffers is None or total > self.buffers[0].shape[-2]:
-            if self.buffers is None:
-                self.lazy_initialization(key_states, value_states)
-            self.buffers = (
-                self._enlarged(self.keys, key_states, total),
-                self._enlarged(self.values, value_states, total),
-            )
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., held:total, :] = states
-        self.keys, self.values = (buffer[..., :total, :] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def _enlarged(self, old: torch.Tensor | None, like: torch.Tensor, total: int) -> torch.Tensor:
-        batch, heads, _, width = like.shape
-        buffer = like.new_empty(batch, heads, total + self.room, width)
-        if old is not None and old.numel():
-            buffer[..., : old.shape[-2], :] = old
-        return buffer
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.buffers is None:
-            return
-        held = self.get_seq_length()
-        fresh: list[torch.Tensor] = []
-        for buffer in self.buffers:
-            chosen = buffer.new_empty(len(indices), *buffer.shape[1:])
-            chosen[..., :held, :] = buffer[..., :held, :].index_select(0, indices)
-            fresh.append(chosen)
-        self.buffers = (fresh[0], fresh[1])
-        self.keys, self.values = (buffer[..., :held, :] for buffer in self.buffers)
-
-
-def _cache_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return CPU_CACHE_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(GPU_CACHE_SHARE * free)
-
-
-def _all_grow(config: Any) -> bool:
-    return all(type(layer) is _GrowingLayer for layer in _growing_cache(config, 0).layers)
-
-
-def _growing_cache(config: Any, room: int) -> DynamicCache:
-    """A cache whose plain attention layers grow in place; sliding windows and the like stay the library's."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
