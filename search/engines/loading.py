@@ -67,7 +67,7 @@ def load_model(source: Path | str, settings: Model, *, device: str) -> Loaded:
     logging.disable_progress_bar()  # loading a small model is no work to watch, and a large one is told by its stage
     parts = find_parts(source, settings)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    tokenizer = _load_tokenizer(parts, settings)
+    tokenizer = load_tokenizer(parts.speaks, trust_remote_code=settings.trust_remote_code)
     model = _load_weights(parts.base, settings).to(chosen)
     if parts.adapter is not None:
         from peft import PeftModel
@@ -85,7 +85,7 @@ def describe_model(source: Path | str, settings: Model) -> Described:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     parts = find_parts(source, settings)
-    tokenizer = _load_tokenizer(parts, settings)
+    tokenizer = load_tokenizer(parts.speaks, trust_remote_code=settings.trust_remote_code)
     trust = settings.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(parts.base, trust_remote_code=trust)
@@ -113,7 +113,7 @@ def find_parts(source: Path | str, settings: Model) -> Parts:
     adapter = folder / ADAPTER
     base = locate(_base_of(adapter), settings.revision) if adapter.is_file() else folder
     for one in dict.fromkeys((folder, base)):
-        _check_weights(one)
+        check_weights(one)
     return Parts(folder, base, folder if (folder / "tokenizer_config.json").is_file() else base)
 
 
@@ -136,7 +136,7 @@ def locate(source: Path | str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:  # every hub error is one of the two
         raise ModelError(
             f"the model '{source}' is neither a folder nor can it be fetched from the hub ({first_line(error)}): "
-            "check the name, model.revision and HF_HUB_OFFLINE, or give a local folder"
+            "check the name, its revision and HF_HUB_OFFLINE, or give a local folder"
         ) from error
 
 
@@ -158,7 +158,8 @@ def _base_of(adapter: Path) -> str:
         raise ModelError(f"{adapter} does not name its base model: train the adapter again") from error
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Raises ModelError where the folder holds no weights that may be loaded."""
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} holds no weights (*.safetensors): point to the folder that save_pretrained wrote; "
@@ -166,15 +167,15 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _load_tokenizer(parts: Parts, settings: Model) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Raises ModelError where the folder has none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(parts.speaks, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{parts.speaks} has no usable tokenizer: save it there with tokenizer.save_pretrained "
-            f"({first_line(error)})"
+            f"{folder} has no usable tokenizer: save it there with tokenizer.save_pretrained ({first_line(error)})"
         ) from error
 
 
@@ -195,10 +196,10 @@ def _unloadable(base: Path, error: Exception) -> ModelError:
 
 
 def _facts(parts: Parts, model: Any, tokenizer: Any) -> ModelFacts:
-    return ModelFacts(_fingerprint(parts.folder, parts.base), flops_parameters(model), _max_length(model, tokenizer))
+    return ModelFacts(fingerprint(parts.folder, parts.base), flops_parameters(model), max_length(model, tokenizer))
 
 
-def _fingerprint(*folders: Path) -> str:
+def fingerprint(*folders: Path) -> str:
     """sha256 over the weight files of the folders, 16 hex digits."""
     digest = hashlib.sha256()
     for folder in dict.fromkeys(folders):
@@ -208,7 +209,8 @@ def _fingerprint(*folders: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _max_length(model: Any, tokenizer: Any) -> int:
+def max_length(model: Any, tokenizer: Any) -> int:
+    """The context in tokens, as far as model or tokenizer tell; 2048 where neither does."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     known = [n for n in (positions, tokenizer.model_max_length) if n is not None and n < 10**9]
     return int(min(known)) if known else 2048
