@@ -9,6 +9,7 @@ packing (it costs loss without FlashAttention), several GPUs in one process, eva
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -22,7 +23,7 @@ from transformers import set_seed
 
 from configs.schema import Distill, Model
 from distill import checkpoints, lora
-from distill.trainer import Examples, Trainer, trainer_settings, write_trl_yaml
+from distill.trainer import Examples, Snapshots, Trainer, trainer_settings, write_trl_yaml
 from distill.training import CurveLog, Progress, find_device, smaller, write_json
 from search.errors import DataError, TrainingError
 from search.randomness import key64
@@ -58,12 +59,15 @@ def train(
     threads: int | None = None,
     progress: Progress | None = None,
     device: str = "auto",
+    snapshots: int = 1,
 ) -> TrainReport:
     """Train the model at `init_model` on the rows of a `rows.jsonl` and write it to `out/model`.
 
     `base_model` is the full model under an adapter. `progress(steps, all_steps, loss=...)` is called while it runs.
     `device`: "auto", "cpu" or "cuda"; of several GPUs, the first one that this process sees, so who names another one
     ("cuda:1") hides the rest in CUDA_VISIBLE_DEVICES.
+    `snapshots`: the model is also saved, as `out/snapshots/step-000123`, at the steps that divide the training into so
+    many parts; the last is `out/model` itself.
     What an interrupted call left in `out/checkpoints` is used if it belongs to this training and is undamaged.
     Also writes report.json, metrics.jsonl, trl.yaml with trl-rows.jsonl, and timing.json.
     Raises TrainingError (nothing to learn, not finite, no step done), DataError, ModelError, DiskError, ConfigError.
@@ -79,11 +83,15 @@ def train(
         "model": model.model_dump(mode="json"),
         "weights": {p.name: checkpoints.sha256_of(p) for p in sorted(init_model.glob("*.safetensors"))},
         "seed": seed,
-    }
+    } | ({"snapshots": snapshots} if snapshots > 1 else {})
     micro_batch_size = config.micro_batch_size
     while True:
         resume = checkpoints.open_folder(out / "checkpoints", inputs)
-        run = _Run(examples, init_model, base_model, out, config, model, seed, micro_batch_size, progress, kind)
+        if resume is None:
+            shutil.rmtree(out / "snapshots", ignore_errors=True)  # of another training
+        run = _Run(
+            examples, init_model, base_model, out, config, model, seed, micro_batch_size, progress, kind, snapshots
+        )
         report = run.finish(resume)
         if report is not None:
             break
@@ -137,9 +145,10 @@ class _Run:
         micro_batch_size: int,
         progress: Progress | None,
         device: str,
+        num_snapshots: int,
     ) -> None:
         self.examples, self.out, self.config, self.device = examples, out, config, device
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.num_snapshots = micro_batch_size, num_snapshots
         trainer_seed = key64(seed, "sft") % 2**31
         set_seed(trainer_seed)  # a fresh adapter is drawn here
         self.policy = lora.load_trainable(init_model, base_model, config, model, self.device)
@@ -152,6 +161,7 @@ class _Run:
         self.trainer = Trainer.build(
             self.policy, self.tokenizer, examples, settings, config, out / "checkpoints", KEPT_CHECKPOINTS, self.log
         )
+        self.trainer.add_callback(Snapshots(num_snapshots, self._save_snapshot))
 
     def finish(self, resume: Path | None) -> TrainReport | None:
         """Train to the end and save the model. None: memory ran out. Raises TrainingError."""
@@ -165,6 +175,12 @@ class _Run:
         policy = self.policy if self.config.method == "lora" else self.policy.to(self.stored_type)
         lora.save(policy, self.tokenizer, self.out / "model")
         return report
+
+    def _save_snapshot(self, step: int) -> None:
+        whole = self.config.method != "lora" and self.policy.dtype != self.stored_type
+        policy = copy.deepcopy(self.policy).to(self.stored_type) if whole else self.policy
+        (self.out / "snapshots").mkdir(exist_ok=True)
+        lora.save(policy, self.tokenizer, self.out / "snapshots" / f"step-{step:06d}")
 
     def _report(self) -> TrainReport:
         losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
@@ -189,7 +205,8 @@ class _Run:
         steps = math.ceil(len(self.examples) / self.config.batch_size) * self.config.epochs
         due = self.config.max_steps if self.config.max_steps > 0 else math.ceil(steps)
         num_checkpoints = min(KEPT_CHECKPOINTS + 1, (due - 1) // self.config.checkpoint_steps)
-        return trainable * 4 * (1 + 3 * num_checkpoints) + 2**20 * (1 + num_checkpoints)
+        num_models = self.num_snapshots
+        return trainable * 4 * (num_models + 3 * num_checkpoints) + 2**20 * (num_models + num_checkpoints)
 
 
 def _metrics(report: TrainReport) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -154,6 +154,20 @@ class Trainer(Guarded, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Nobody is told that a model was trained."""
+
+
+class Snapshots(TrainerCallback):
+    """Has the model saved at the ends of `num` equal parts of the training, but for the last, which is its end.
+
+    It happens before the checkpoint of the same step: a training resumed from that one has its snapshot.
+    """
+
+    def __init__(self, num: int, save: Callable[[int], None]) -> None:
+        self.num, self.save = num, save
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (part * state.max_steps // self.num for part in range(1, self.num)):
+            self.save(state.global_step)
 
 
 def write_trl_yaml(
