@@ -193,14 +193,16 @@ def pass_at_k(num: int, num_correct: int, k: int) -> float:
     return 1.0 - math.prod(1 - k / i for i in range(num - num_correct + 1, num + 1))
 
 
-def best_at_k(correct_N: Sequence[bool], scores_N: Sequence[float | None], k: int) -> float:
+def best_at_k(correct_N: Sequence[float], scores_N: Sequence[float | None], k: int) -> float:
     """Chance that the highest score among k drawn samples is a correct one; exact, ties broken at random.
+
+    Of other values than True and False: what the chosen one's is on average, 0 counted where none can be chosen.
 
     A sample without a score (None or nan: no answer) keeps its place among the k but is never chosen.
     """
     _check_k(len(correct_N), k)
     num = len(correct_N)
-    groups: dict[float, list[bool]] = {}
+    groups: dict[float, list[float]] = {}
     for correct, score in zip(correct_N, scores_N, strict=True):
         if score is not None and not math.isnan(score):
             groups.setdefault(score, []).append(correct)
@@ -261,7 +263,7 @@ def _rest_of_vote(others: Sequence[int], num_silent: int, votes: int, degree: in
 
 
 def weighted_at_k(
-    correct_N: Sequence[bool],
+    correct_N: Sequence[float],
     answers_N: Sequence[str | None],
     weights_N: Sequence[float | None],
     ks: Sequence[int],
@@ -270,6 +272,7 @@ def weighted_at_k(
 ) -> list[float]:
     """Chance that the answer with the largest sum of weights among k drawn samples is right, for each k.
 
+    Of other values than True and False: the mean of the winning answer's samples, 0 counted where nobody votes.
     Ties are shared. Exact where there are few subsets (always for k = 1 and k = n), else over 400 subsets whose
     prefixes are nested between the ks. A sample without answer or weight never votes but keeps its place.
     """
