@@ -14,11 +14,14 @@ def prompt_ids(task: Task, tokenizer: Any, problem: Problem, attempts: Sequence[
     """The prompt's ids: text is encoded as the tokenizer does by default, messages go through the template.
 
     `attempts`, oldest first, are shown as the turns of a chat, or as answers to the question asked again and again
-    (sequential revisions, Snell et al. section 6.1).
+    (sequential revisions, Snell et al. section 6.1), which examples precede once.
     """
     prompt = task.prompt(problem)
     if isinstance(prompt, str):
-        return list(tokenizer.encode("".join(f"{prompt}{attempt.strip()}\n\n" for attempt in attempts) + prompt))
+        asked = getattr(task, "asked", None)  # few-shot tasks: the part of their prompt after the examples
+        question = asked(problem) if asked else prompt
+        before = "".join(f"{question}{attempt.rstrip()}\n\n" for attempt in attempts)
+        return list(tokenizer.encode(prompt.removesuffix(question) + before + question))
     messages = list(prompt)
     for attempt in attempts:
         messages += [{"role": "assistant", "content": attempt}, {"role": "user", "content": REVISE}]

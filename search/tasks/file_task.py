@@ -132,6 +132,12 @@ class FileTask:
         prefix = f"{self.config.instruction}\n\n" if self.config.instruction else ""
         return f"{prefix}{problem.question}\n"
 
+    def asked(self, problem: Problem) -> str:
+        """The end of a text prompt that asks the question, without instruction and examples."""
+        if self.config.prompt == "few_shot":
+            return render(None, (), problem.question, self.step_delimiter)
+        return f"{problem.question}\n"
+
     # ------------------------------------------------------------ grading
 
     def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
