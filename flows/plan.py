@@ -79,7 +79,12 @@ def _samples(config: Config, sizes: Mapping[str, int]) -> dict[str, int]:
     test = sizes["test"] + min(config.evaluate.pool_problems, sizes["test"]) * config.evaluate.pool_samples
     difficulty = (sizes["fit"] + sizes["validation"]) * config.difficulty.samples
     search = sizes["search"] * config.search.samples
-    return {"baseline": gate, "search": search, "evaluate": gate + test, "difficulty": difficulty}
+    samples = {"baseline": gate, "search": search, "evaluate": gate + test, "difficulty": difficulty}
+    if config.verifier.type == "trained":
+        samples["verifier"] = min(config.verifier.problems, sizes["labels"]) * config.verifier.samples
+    if config.revision.enabled:
+        samples["reviser"] = min(config.revision.problems, sizes["labels"]) * config.revision.samples
+    return samples
 
 
 def _mean_length(last: Path | None, config: Config) -> float:
