@@ -106,6 +106,7 @@ class Policy:
         self._whole = 0  # answers drawn whole
         self._width: Counter[int] = Counter()  # steps generated at each depth
         self._prompts: list[tuple[int, ...]] = []  # prompts computed so far, for the ideal FLOPs
+        self._resumed: dict[int, tuple[int, ...]] = {}  # by random stream: the ids that were generated elsewhere
         self._shown: dict[tuple[int, ...], tuple[str, ...]] = {}  # the attempts that a revision's prompt shows
         self._flops_per_token = 2.0 * sampler.engine.facts.flops_parameters
         self.verifier_flops_per_token = 0.0
@@ -138,6 +139,17 @@ class Policy:
         """The prompt that shows these attempts; () for none: the problem's own."""
         sampler, texts = self._sampler, [a.text for a in attempts]
         return tuple(prompt_ids(sampler.task, sampler.engine.tokenizer, self.problem, texts)) if texts else ()
+
+    def resume(self, begun: Candidate, num: int, *, stream: str = "resume") -> list[Candidate]:
+        """`num` copies of an answer's beginning that was stored, each with a random stream of its own.
+
+        Its ids are read, not generated; its steps count as no samples, and each copy as a whole one.
+        """
+        fresh = self.start(num, stream=f"{stream}/{key64(*begun.prompt_ids, '', *begun.ids)}")
+        begun = replace(begun, step_ends=(), text_ends=())
+        copies = [replace(begun, path=(*begun.path, *c.path), key=c.key) for c in fresh]
+        self._resumed |= {c.key: begun.ids for c in copies}
+        return copies
 
     def fork(self, candidate: Candidate, num: int) -> list[Candidate]:
         """`num` copies that go on independently."""
@@ -285,7 +297,7 @@ class Policy:
                 left = self._budget.amount - self.spend.generated_tokens
             case "flops":
                 policy, verifier = self._flops_per_token, self.verifier_flops_per_token
-                new = {c.prompt_ids or self.prompt_ids for c in candidates} - set(self._prompts)
+                new = set(map(self._given, candidates)) - set(self._prompts)
                 read = self.spend.generated_tokens + sum(len(p) for p in (*self._prompts, *new))
                 spent = self.spend.flops_ideal - self.spend.verifier_flops_ideal
                 spent += policy * sum(map(self._new_prompt_tokens, new))
@@ -303,10 +315,10 @@ class Policy:
         prefilled = sum(c.prefilled_tokens for c in continuations)
         distinct = generated
         for candidate, new in zip(candidates, continuations, strict=True):
-            prompt = candidate.prompt_ids or self.prompt_ids
-            if new.ids and prompt not in self._prompts:
-                distinct += self._new_prompt_tokens(prompt)
-                self._prompts.append(prompt)
+            given = self._given(candidate)
+            if new.ids and given not in self._prompts:
+                distinct += self._new_prompt_tokens(given)
+                self._prompts.append(given)
         self.spend += Spend(
             generated_tokens=generated,
             prefilled_tokens=prefilled,
@@ -314,6 +326,10 @@ class Policy:
             flops_ideal=self._flops_per_token * distinct,
             flops_actual=self._flops_per_token * (generated + prefilled),
         )
+
+    def _given(self, candidate: Candidate) -> tuple[int, ...]:
+        """The ids that it did not have to generate: its prompt, and what it was resumed from."""
+        return (candidate.prompt_ids or self.prompt_ids) + self._resumed.get(candidate.key, ())
 
     def _new_prompt_tokens(self, prompt: tuple[int, ...]) -> int:
         """Tokens of a prompt that no earlier prompt or answer of this problem began with."""
