@@ -46,12 +46,14 @@ class Pool:
     num_prompt_tokens: int = 0  # computed once, however many samples follow
     failed: str | None = None  # why nothing could be drawn
     unscored: str | None = None  # why the verifier's scores cannot be used
+    num_unscored: int = 0  # samples with an answer on which the verifier gave no verdict: no vote by score
     approximate: bool = False
 
     @property
     def scored(self) -> bool:
-        """Every sample that has an answer has a score."""
-        return all(s is not None for s, a in zip(self.scores_N, self.answers_N, strict=True) if a is not None)
+        """Every sample that has an answer has a score, or the verifier was asked and gave none."""
+        answered_N = zip(self.scores_N, self.answers_N, strict=True)
+        return sum(s is None for s, a in answered_N if a is not None) <= self.num_unscored
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class PoolFigures:
     spends_K: Mapping[bool, tuple[Spend, ...]]  # what k samples of every problem cost, without and with their scores
     failures: tuple[str, ...] = ()  # reasons of the problems of which nothing could be drawn
     unscored: tuple[str, ...] = ()  # reasons of those whose scores cannot be used; not solved by rules that need them
+    num_unscored: int = 0  # samples on which the verifier gave no verdict
     approximate: bool = False
 
     def estimate(self, rule: str, k: int) -> Estimate:
@@ -130,6 +133,7 @@ def reduce_pool(result: SearchResult) -> Pool:
         num_prompt_tokens=len(result.prompt_ids),
         failed=None if drawn else result.failed,
         unscored=result.failed if drawn else None,
+        num_unscored=sum(c.unscored is not None and c.complete and c.answer is not None for c in candidates),
         approximate=result.approximate,
     )
 
@@ -190,7 +194,7 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
     """The figures of every problem under every rule. Raises DataError naming the smallest pool below a k."""
     counts: dict[str, tuple[int, int]] = {}
     values: dict[str, list[list[float]]] = {rule: [] for rule in rules}
-    num_ungraded, spend, smallest = 0, Spend(), None
+    num_ungraded, num_unscored, spend, smallest = 0, 0, Spend(), None
     failures: list[str] = []
     unscored: list[str] = []
     approximate = False
@@ -199,7 +203,7 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
         _refuse_twice(pool.key, counts)
         num = len(pool.correct_N)
         counts[pool.key] = (sum(pool.correct_N), num)
-        num_ungraded += pool.num_ungraded
+        num_ungraded, num_unscored = num_ungraded + pool.num_ungraded, num_unscored + pool.num_unscored
         spend += pool.spend
         failures += [pool.failed] if pool.failed else []
         unscored += [pool.unscored] if pool.unscored else []
@@ -230,6 +234,7 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
         spends_K=spends_K,
         failures=tuple(failures),
         unscored=tuple(unscored),
+        num_unscored=num_unscored,
         approximate=approximate,
     )
 

@@ -354,7 +354,8 @@ class Scorer:
         """The candidates with `step_scores` and `score`; a truncated or failed one keeps none.
 
         The verifier reads the attempts that a candidate was shown too. An outcome verifier scores finished ones only.
-        Raises VerifierError for scores that cannot be used.
+        One on which the verifier gives no verdict has no score: it does not vote by score. Raises VerifierError for
+        scores that cannot be used.
         """
         aggregate = AGGREGATE[aggregation or self.facts.aggregation]
         texts: dict[int, _Read] = {}
@@ -371,14 +372,16 @@ class Scorer:
                 self._check(read, scored)
         scored_all = list(candidates)
         for i, read in texts.items():
-            scores = self._known[read].scores
-            scored_all[i] = replace(candidates[i], step_scores=scores, score=aggregate(scores))
-            if self._policy.trace:
-                self._policy.trace.score(scored_all[i])
+            scored = self._known[read]
+            score = None if scored.unscored else aggregate(scored.scores)
+            found = replace(candidates[i], step_scores=scored.scores, score=score, unscored=scored.unscored)
+            scored_all[i] = found
+            if self._policy.trace and score is not None:
+                self._policy.trace.score(found)
         return scored_all
 
     def _check(self, read: _Read, scored: Scored) -> None:
-        expected = len(read[1]) if self.facts.process else 1
+        expected = (len(read[1]) if self.facts.process else 1) if scored.unscored is None else 0
         key = self._policy.problem.key
         if len(scored.scores) != expected:
             raise VerifierError(
@@ -413,6 +416,15 @@ class Scorer:
             return float(known.tokens)
         share = sum(map(len, steps[:num])) / max(1, sum(map(len, steps)))
         return scored.prompt_tokens + share * (scored.tokens - scored.prompt_tokens)
+
+
+def none_scored(candidates: Sequence[Candidate]) -> str | None:
+    """Why the verifier, asked, scored none of those that ended; None: it scored one, or none ended or was asked."""
+    ended = [c for c in candidates if c.complete]
+    reasons = [c.unscored for c in ended if c.unscored]
+    if not reasons or any(c.score is not None for c in ended):
+        return None
+    return f"the verifier scored none of {len(ended)} answers: {reasons[0]}"
 
 
 # ---------------------------------------------------------------- texts and ids

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from search.answers import Rule
 from search.errors import BudgetError, BudgetExceeded, VerifierError
-from search.policy import Ask, Policy, Question, Sampler, Scorer
+from search.policy import Ask, Policy, Question, Sampler, Scorer, none_scored
 from search.results import (
     append_result,
     partial_path,
@@ -124,14 +124,16 @@ async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Ve
         return [], f"its prompt has {len(policy.prompt_ids)} tokens, and the model's context only {longest}"
     scorer = Scorer(verifier, policy, sampler.task.step_delimiter) if verifier and plan.scored else None
     try:
-        return await plan.strategy(policy.problem, policy, scorer, plan.budget), None
+        found = await plan.strategy(policy.problem, policy, scorer, plan.budget)
+        return found, none_scored(found) if scorer else None
     except BudgetExceeded as error:
         if not policy.spend.generated_tokens:
             return [], str(error)
     except VerifierError as error:
         return policy.kept, str(error)
     try:
-        return await scorer.score(policy.kept) if scorer else policy.kept, None
+        found = await scorer.score(policy.kept) if scorer else policy.kept
+        return found, none_scored(found) if scorer else None
     except VerifierError as error:
         return policy.kept, str(error)
 

@@ -103,6 +103,7 @@ class Candidate:
     text_ends: tuple[int, ...] = ()
     step_scores: tuple[float, ...] = ()
     score: float | None = None  # aggregated verifier score
+    unscored: str | None = None  # why the verifier, asked, gave no score
     logprob: float | None = None  # sum over `ids` under the sampling distribution at temperature 1
     path: tuple[int, ...] = ()
     chain: int | None = None  # which chain of revisions it belongs to, or which independent subtree
@@ -134,6 +135,8 @@ class Candidate:
             row["chain"] = self.chain
         if self.score is not None:
             row["score"] = self.score
+        if self.unscored is not None:
+            row["unscored"] = self.unscored
         if self.logprob is not None:
             row["logprob"] = round(self.logprob, 5)
         return row
@@ -150,6 +153,7 @@ class Candidate:
             text_ends=tuple(row.get("text_ends", ())),
             step_scores=tuple(row.get("step_scores", ())),
             score=row.get("score"),
+            unscored=row.get("unscored"),
             logprob=row.get("logprob"),
             path=tuple(row.get("path", ())),
             chain=row.get("chain"),
@@ -325,6 +329,7 @@ class Scored:
     tokens: int = 0  # of the whole input
     prompt_tokens: int = 0  # of that, the part that every candidate of the problem shares
     computed_tokens: int = 0  # what was really run: less than `tokens` where a cache served
+    unscored: str | None = None  # why there are no scores of this one: it votes by none, and is never taken for a 0
 
 
 @dataclass(frozen=True, slots=True)

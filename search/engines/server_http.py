@@ -108,12 +108,18 @@ class Received:
 
 
 class Client:
-    """GET and POST below one base URL. Its methods run in one event loop."""
+    """GET and POST below one base URL. Its methods run in one event loop.
 
-    def __init__(self, settings: ServerSettings, environment: Mapping[str, str] | None = None) -> None:
+    `section`: of the configuration, where the user finds the settings that messages name.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, environment: Mapping[str, str] | None = None, *, section: str = "engine"
+    ) -> None:
         self.url = base_url(settings.url)
+        self.section = section
         self._settings = settings
-        self._key = _key(settings, os.environ if environment is None else environment)
+        self._key = _key(settings, os.environ if environment is None else environment, section)
         self.giving_up = asyncio.Event()  # set: no more retries, the search has failed already
         self._trusted = httpx.create_ssl_context()
         self._free: list[httpx.AsyncClient] = []  # with at most one open connection each; the last used comes first
@@ -152,7 +158,7 @@ class Client:
                 async with asyncio.timeout(self._settings.timeout_s):
                     return await self._attempt(method, path, body, received)
             except (TimeoutError, httpx.TimeoutException):
-                last, wait_s = f"no answer within {self._settings.timeout_s:g} s (engine.timeout_s)", 0.0
+                last, wait_s = f"no answer within {self._settings.timeout_s:g} s ({self.section}.timeout_s)", 0.0
             except httpx.RequestError as error:
                 last, wait_s = self.redact(str(error)) or type(error).__name__, 0.0
             except _Again as error:
@@ -161,7 +167,7 @@ class Client:
                 break
         raise EngineError(
             f"the server at {self.url} did not answer {path} in {attempt + 1} attempts; the last: {last}. See that it "
-            "runs and that engine.url is right, then run the command again: what was finished is kept"
+            f"runs and that {self.section}.url is right, then run the command again: what was finished is kept"
         )
 
     async def _attempt(
@@ -230,16 +236,18 @@ class Client:
         if 300 <= status < 400:
             target = self.redact(response.headers.get("location", "elsewhere"))
             raise EngineError(
-                f"{self.url}/{path} redirects to {target}, which is not followed: give the final address as engine.url"
+                f"{self.url}/{path} redirects to {target}, which is not followed: give the final address as "
+                f"{self.section}.url"
             )
         if status in (401, 403):
             name = self._settings.api_key_env
-            how = f"see that {name} holds a valid key" if name else "name the variable of a key in engine.api_key_env"
+            how = f"name the variable of a key in {self.section}.api_key_env"
+            how = f"see that {name} holds a valid key" if name else how
             raise EngineError(f"the server at {self.url} refuses access (HTTP {status}: {reason}): {how}")
         if status in FATAL:
             raise NotServed(
-                f"{self.url}/{path} is not served (HTTP {status}: {reason}): engine.url is the base address of an "
-                "OpenAI-compatible server with /completions, and engine.model a model it lists"
+                f"{self.url}/{path} is not served (HTTP {status}: {reason}): {self.section}.url is the base address of "
+                f"an OpenAI-compatible server with /completions, and {self.section}.model a model it lists"
             )
         if status in AGAIN or status >= 500:
             raise _Again(f"HTTP {status}: {reason}", _retry_after_s(response.headers.get("retry-after")))
@@ -276,14 +284,14 @@ def base_url(url: str) -> str:
     return trimmed if urlsplit(trimmed).path else f"{trimmed}/v1"
 
 
-def _key(settings: ServerSettings, environment: Mapping[str, str]) -> str:
+def _key(settings: ServerSettings, environment: Mapping[str, str], section: str) -> str:
     if settings.api_key_env is None:
         return ""
     key = environment.get(settings.api_key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"engine.api_key_env names {settings.api_key_env}, which is not set: export it, or leave api_key_env out "
-            "for a server without keys"
+            f"{section}.api_key_env names {settings.api_key_env}, which is not set: export it, or leave api_key_env "
+            "out for a server without keys"
         )
     if not key.isascii() or not key.isprintable():
         raise ConfigError(f"the value of {settings.api_key_env} cannot be sent: it holds characters no key has")

@@ -36,7 +36,7 @@ async def find_model(client: Client, settings: ServerSettings, policy: str | Non
     except (Refused, NotServed) as error:
         if settings.model is None:
             raise
-        log.info("the server does not list its models (%s); engine.model is taken at its word", error)
+        log.info("the server does not list its models (%s); %s.model is taken at its word", error, client.section)
         return Card(settings.model)
     cards = [card for entry in listed if (card := _card(entry))] if isinstance(listed, list) else []
     if settings.model is not None:
@@ -44,11 +44,12 @@ async def find_model(client: Client, settings: ServerSettings, policy: str | Non
         if cards and not named:
             names = ", ".join(sorted(card.name for card in cards))
             raise ConfigError(
-                f"the server at {client.url} has no model '{settings.model}': engine.model is one of {names}"
+                f"the server at {client.url} has no model '{settings.model}': {client.section}.model is one of {names}"
             )
         return named[0] if named else Card(settings.model)
     if not cards:
-        raise ConfigError(f"the server at {client.url} lists no models: name the one to use in engine.model")
+        where = f"{client.section}.model"
+        raise ConfigError(f"the server at {client.url} lists no models: name the one to use in {where}")
     return next((card for card in cards if policy is not None and same_model(card.root, policy)), cards[0])
 
 

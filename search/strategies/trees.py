@@ -147,7 +147,7 @@ async def _scored(policy: Policy, verifier: Scorer, candidates: list[Candidate],
         return await verifier.score(candidates)
     rolled = await verifier.score(await policy.look_ahead(candidates, lookahead))
     return [
-        replace(c, score=r.score, step_scores=r.step_scores[: len(c.step_ends)])
+        replace(c, score=r.score, step_scores=r.step_scores[: len(c.step_ends)], unscored=r.unscored)
         for c, r in zip(candidates, rolled, strict=True)
     ]
 

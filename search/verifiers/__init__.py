@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from configs.schema import Config
+from search.errors import ConfigError
 from search.types import Aggregation, Task, Verifier, VerifierFacts
 
 
@@ -23,6 +24,16 @@ def load_verifier(
         from search.verifiers.oracle import Oracle
 
         return Oracle(task, settings, seed=config.loop.seed)
+    if settings.type == "judge":
+        from search.verifiers.judge import Judge
+
+        return Judge(task, settings, seed=config.loop.seed)
+    if settings.type == "certainty":
+        from search.verifiers.certainty import Certainty
+
+        if policy is None:
+            raise ConfigError("verifier.type = 'certainty' reads the policy's own weights: there are none here")
+        return Certainty(task, settings, config.model, policy)
     return None
 
 
