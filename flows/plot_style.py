@@ -79,15 +79,16 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
-def canvas(height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+def canvas(height: float, columns: int = 1, *, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.06))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
-    return figure, list(axes)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
 
 
 def percent_axis(axes: Axes) -> None:

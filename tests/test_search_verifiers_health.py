@@ -394,6 +394,7 @@ def test_a_better_an_equal_and_a_worse_verifier():
     named = {row["name"]: row["value"] for row in better.metrics()}
     assert named["verifier/not_worse"] == 1
     assert named["verifier/auc_within_previous"] == value(old, "auc_within")
+    assert named["verifier/brier_previous"] == pytest.approx(value(old, "brier"))
     assert named["verifier/brier_change"] < 0
     assert better.to_json()["verdict"] == "better"
 

@@ -373,7 +373,8 @@ def compare(old: Health, new: Health, *, margin: float = 0.02) -> Comparison:
     pairs = [(old.by_problem[key], new.by_problem[key]) for key in old.by_problem]
     areas = [(a.auc, b.auc) for a, b in pairs if a.auc is not None and b.auc is not None]
     auc = _paired(areas) if areas else None
-    brier = _paired([(a.brier, b.brier) for a, b in pairs])
+    scale = len(pairs) / sum(a.num for a, _ in pairs)  # each answer counts the same, as in the figure
+    brier = _paired([(scale * a.num * a.brier, scale * b.num * b.brier) for a, b in pairs])
     verdicts: list[Verdict] = [_judge(-brier[2].high, -brier[2].low, brier[2].n, margin)]
     if auc is not None:
         verdicts.insert(0, _judge(auc[2].low, auc[2].high, auc[2].n, margin))
