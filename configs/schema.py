@@ -525,12 +525,18 @@ class Revision(Section):
         default=0.3,
         description="share of trajectories whose last attempts are right already, and stay: not the paper's",
     )
-    turns: PositiveInt = Field(default=4, ge=2, description="attempts of a chain, where checkpoints are compared")
-    checkpoints: PositiveInt = Field(default=4, description="compared by how well they revise; the best is kept")
-    verifier_samples: int = Field(
-        default=16, ge=0, description="chained answers to a problem on which the chains' verifier is trained; 0: none"
+    init: Literal["base", "policy"] = Field(
+        default="policy", description="initial weights: the round's winner, or the base as in the paper"
     )
-    train: Distill = Distill()
+    train: Distill = Field(default=Distill(), description="as [distill], but for its init")
+    checkpoints: PositiveInt = Field(default=4, description="compared by how well they revise; the best is kept")
+    turns: int = Field(default=4, ge=2, description="attempts of the chains by which they are compared")
+    compared_problems: PositiveInt = Field(default=300, description="fit problems on which they are compared")
+    verifier: NoVerifier | TrainedVerifier = Field(
+        default=TrainedVerifier(type="trained", kind="orm"),
+        discriminator="type",
+        description="scores the answers of chains, with the attempts before them",
+    )
 
 
 class Difficulty(Section):
