@@ -2,7 +2,8 @@
 
 Three layers: the answer is found and guarded by text alone (search.tasks.math_answers); what exact text and numbers
 decide is decided in this process (search.tasks.compare); the rest goes to workers (search.tasks.symbolic) with a wall
-clock, a CPU limit and a memory limit for every answer. Never a thread: nothing could stop it there.
+clock, a CPU limit and a memory limit for every answer. Never a thread: nothing could stop it there. Any thread may wait
+for them; batches of several take turns.
 
 What the verdicts mean
 - WRONG: no answer to be found, a refused answer (no honest answer looks like that), an answer that differs.
@@ -25,6 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +69,7 @@ class GraderPool:
         self.failures: collections.Counter[str] = collections.Counter()  # why answers went ungraded
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
+        self._starter: tuple[int, ThreadPoolExecutor] | None = None  # and the process that it belongs to
         weakref.finalize(self, _stop, self._workers)
 
     def grade(
@@ -97,6 +100,13 @@ class GraderPool:
         self.failures.update(c.failed.partition(":")[0] for c in found if c.failed)
         return found
 
+    def start_worker(self) -> _Worker:
+        """The parent-death signal fires when the thread that started a worker ends, so one that stays starts them all:
+        whoever grades may end."""
+        if self._starter is None or self._starter[0] != os.getpid():
+            self._starter = os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="grader-starter")
+        return self._starter[1].submit(_Worker, self.seconds, self.memory_mib).result()
+
     def pids(self) -> list[int]:
         """Process ids of the live workers."""
         return [w.process.pid for w in self._workers if w.process.poll() is None]
@@ -104,6 +114,9 @@ class GraderPool:
     def close(self) -> None:
         with self._lock:
             _stop(self._workers)
+            if self._starter is not None:
+                self._starter[1].shutdown(wait=False)
+                self._starter = None
 
     def __enter__(self) -> GraderPool:
         return self
@@ -168,8 +181,6 @@ class _Worker:
             stderr=self.errors,
             env=env,
         )
-        # The parent-death signal fires when the thread that started the worker ends, so a worker serves one thread.
-        self.thread = threading.get_ident()
         self.ready = False
         self.job: int | None = None
         self.deadline = time.monotonic() + _START_S
@@ -182,7 +193,7 @@ class _Worker:
 
     @property
     def usable(self) -> bool:
-        return self.process.poll() is None and self.thread == threading.get_ident()
+        return self.process.poll() is None
 
     def send(self, index: int, job: Job, seconds: float) -> bool:
         """False where the worker is gone; the job was not begun."""
@@ -250,7 +261,7 @@ class _Supervisor:
             self._lose(worker, "crash")
         wanted = min(self.pool.num_workers, len(self.jobs) - len(self.found))
         while len(self.workers) < wanted:
-            self.workers.append(_Worker(self.pool.seconds, self.pool.memory_mib))
+            self.workers.append(self.pool.start_worker())
 
     def _assign(self) -> None:
         for worker in [w for w in self.workers if w.ready and w.job is None]:

@@ -8,12 +8,13 @@ of an interrupted shard are kept and the rest is done. Memory holds one shard.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from search.answers import Rule
 from search.errors import BudgetError, BudgetExceeded, VerifierError
+from search.grading_beside import Beside
 from search.policy import Ask, Policy, Question, Sampler, Scorer, none_scored
 from search.results import (
     append_result,
@@ -30,6 +31,7 @@ from search.types import (
     Budget,
     CachingEngine,
     Candidate,
+    Engine,
     Grade,
     Graded,
     Problem,
@@ -73,48 +75,53 @@ def search(
 
     A problem that `max_tokens` left unfinished is missing from the results, or with `keep_unfinished` has the answers
     that were finished; one that failed carries its reason and selects nothing. `on_result` gets each result as soon as
-    its problem is done, and `on_unfinished` what those that are missing have cost. Raises EngineError, and BudgetError
-    for a budget of FLOPs where the engine does not know how many a token costs.
+    its problem is done and graded, for which a streaming engine does not wait; `on_unfinished` what those that are
+    missing have cost. Raises EngineError, and BudgetError for a budget of FLOPs where the engine does not know how many
+    a token costs.
     """
-    if plan.budget.unit == "flops" and not sampler.engine.facts.flops_parameters:
-        raise BudgetError(
-            "a budget of FLOPs means nothing to an engine that does not know its model's size: set "
-            "engine.flops_parameters, or give the budget in samples or tokens"
-        )
+    _check_budget(plan.budget, sampler.engine)
     if isinstance(sampler.engine, CachingEngine):  # a shard follows from its problems alone
         sampler.engine.reset()
     recorders: Sequence[Trace | None] = traces or [None] * len(problems)
     policies = [Policy(p, sampler, plan.budget, t) for p, t in zip(problems, recorders, strict=True)]
     results: dict[int, SearchResult] = {}
 
-    def finished(indices: Sequence[int], found: Sequence[Found]) -> None:
-        graded = grade(sampler.task, [problems[i] for i in indices], [candidates for candidates, _ in found])
-        for i, candidates_N, (searched, failed) in zip(indices, graded, found, strict=True):
+    def graded(found: Mapping[int, Found]) -> list[list[Candidate]]:
+        return grade(sampler.task, [problems[i] for i in found], [candidates for candidates, _ in found.values()])
+
+    def finish(found: Mapping[int, Found], graded_P_N: list[list[Candidate]]) -> None:
+        for (i, (searched, failed)), candidates_N in zip(found.items(), graded_P_N, strict=True):
             results[i] = _result(plan, policies[i], sampler, candidates_N, failed)
             if (trace := recorders[i]) is not None:
                 trace.finish(zip(searched, candidates_N, strict=True), results[i].selected)
+            if on_result:
+                on_result(results[i])
 
-    def done(i: int, found: Found) -> None:
-        finished([i], [found])
-        if on_result:
-            on_result(results[i])
-
-    found_P = run_together(
-        [_search_one(policy, plan, sampler, verifier) for policy in policies],
-        sampler.engine,
-        verifier,
-        max_tokens=max_tokens,
-        finish_at_cap=keep_unfinished,
-        on_done=done if on_result else None,
-        on_tick=on_tick,
-    )
+    with Beside(graded, finish, here=not isinstance(sampler.engine, StreamingEngine)) as beside:
+        found_P = run_together(
+            [_search_one(policy, plan, sampler, verifier) for policy in policies],
+            sampler.engine,
+            verifier,
+            max_tokens=max_tokens,
+            finish_at_cap=keep_unfinished,
+            on_done=(lambda i, found: beside.give({i: found})) if on_result else None,
+            on_tick=beside.delivering_before(on_tick),
+        )
     if not on_result:  # graded together, which is faster
-        there = [i for i, found in enumerate(found_P) if found is not None]
-        finished(there, [found for found in found_P if found is not None])
+        together = {i: found for i, found in enumerate(found_P) if found is not None}
+        finish(together, graded(together))
     if on_unfinished:  # a problem that generated nothing has asked only: nothing was drawn
         unfinished = (p.spend for i, p in enumerate(policies) if i not in results)
         on_unfinished(sum((spend for spend in unfinished if spend.generated_tokens), Spend()))
     return [results[i] for i in sorted(results)]
+
+
+def _check_budget(budget: Budget, engine: Engine) -> None:
+    if budget.unit == "flops" and not engine.facts.flops_parameters:
+        raise BudgetError(
+            "a budget of FLOPs means nothing to an engine that does not know its model's size: set "
+            "engine.flops_parameters, or give the budget in samples or tokens"
+        )
 
 
 async def _search_one(policy: Policy, plan: Plan, sampler: Sampler, verifier: Verifier | None) -> Found:

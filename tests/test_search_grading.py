@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import get_args
@@ -363,6 +364,18 @@ def test_a_worker_that_was_killed_is_replaced(pool):
         os.kill(pid, signal.SIGKILL)
     assert grade(pool, "2\\sqrt{5}", "\\boxed{\\sqrt{20}}") is RIGHT
     assert not set(before) & set(pool.pids())
+
+
+def test_a_worker_serves_all_threads_and_outlives_those_that_end(pool):
+    pids = []
+    for k in (2, 3, 5):
+        with ThreadPoolExecutor(1) as thread:
+            answer = f"\\boxed{{\\sqrt{{{2 * k * k}}}}}"
+            assert thread.submit(grade, pool, f"{k}\\sqrt{{2}}", answer).result() is RIGHT
+        pids.append(pool.pids())
+    assert grade(pool, "7\\sqrt{2}", "\\boxed{\\sqrt{98}}") is RIGHT
+    assert pids == [pool.pids()] * 3
+    assert len(pool.pids()) == 1
 
 
 def test_workers_that_cannot_start_are_an_error_not_a_verdict(monkeypatch):

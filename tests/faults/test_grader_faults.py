@@ -145,15 +145,17 @@ def test_memory_is_bounded():
 
 
 def test_a_pool_works_from_threads_that_end():
-    """The parent-death signal follows the thread that started a worker, so a worker serves one thread only."""
-    results = []
+    """The parent-death signal follows the thread that started a worker: that is one that stays, whoever asks."""
+    results, pids = [], set()
     with GraderPool(workers=1, seconds=30) as pool:
         for k in range(3):
             pairs = [(f"{k + 2}x", f"\\boxed{{{k}x+2x}}")]
             thread = threading.Thread(target=lambda pairs=pairs: results.extend(pool.grade(pairs)))
             thread.start()
             thread.join()
+            pids |= set(pool.pids())
     assert [g.grade for g in results] == [Grade.CORRECT] * 3
+    assert len(pids) == 1
 
 
 @settings(max_examples=200, deadline=None)
