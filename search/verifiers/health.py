@@ -329,8 +329,9 @@ class Comparison:
     """A retrained verifier against the old one on the same answers: paired over problems, new minus old, 95 %.
 
     `auc_within`, `brier`: the old and the new mean and the difference; `auc_within` is None where no problem has both
-    outcomes. `verdict`: better (AUC significantly higher, Brier not worse), not worse (neither lost more than
-    `margin`), worse (one of them did, or may well have, significantly), else unclear: too few problems to tell.
+    outcomes. `verdict` is the worse one of the two, by the interval of the gain: better (above 0), not worse (above
+    -margin), worse (below 0), unclear (it reaches from a loss beyond the margin to a gain, or there are fewer than 10
+    problems). A higher AUC and a Brier score that is not worse are better.
     """
 
     auc_within: tuple[float, float, PairedDifference] | None
