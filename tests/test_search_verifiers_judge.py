@@ -12,7 +12,7 @@ from search import evaluate
 from search.errors import ConfigError, EngineError, ModelError
 from search.results import write_results
 from search.types import Problem, ScoreRequest, SearchResult
-from search.verifiers import load_verifier
+from search.verifiers import describe, load_verifier
 from search.verifiers.judge import Judge, fence
 from tests.fake_judge import FakeJudge, fenced
 from tests.scripted_search import LineTask, StepEngine, by_table, given, run_all, run_one
@@ -440,10 +440,12 @@ def test_pools_with_answers_that_have_no_verdict_can_be_ranked_and_are_counted(j
     assert figures.num_unscored == 1
 
 
-def test_the_configuration_loads_it(judge):
+@pytest.mark.parametrize("process", ["true", "false"])
+def test_the_configuration_loads_it(judge, process):
     _, server = judge(lambda content: RIGHT)
-    config = load("smoke", ["verifier.type=judge", f"verifier.url={server.url}", "verifier.process=true"])
-    made = load_verifier(config, LineTask())
+    config = load("smoke", ["verifier.type=judge", f"verifier.url={server.url}", f"verifier.process={process}"])
+    made, told = load_verifier(config, LineTask()), describe(config, LineTask())
     assert isinstance(made, Judge)
     made.close()
-    assert made.facts.process
+    assert told is not None
+    assert (told.process, told.aggregation) == (made.facts.process, made.facts.aggregation)

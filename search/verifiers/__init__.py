@@ -34,6 +34,10 @@ def load_verifier(
         if policy is None:
             raise ConfigError("verifier.type = 'certainty' reads the policy's own weights: there are none here")
         return Certainty(task, settings, config.model, policy)
+    if settings.type == "pretrained":
+        from search.verifiers.pretrained import load_pretrained
+
+        return load_pretrained(task, settings)
     return None
 
 
@@ -60,4 +64,8 @@ def describe(config: Config, task: Task, *, trained: Path | None = None) -> Veri
     aggregation: Aggregation = "last"
     if settings.type == "pretrained":
         aggregation = settings.aggregation
+    elif settings.type == "certainty":
+        aggregation = "mean"
+    elif settings.type == "judge" and settings.process:
+        aggregation = "min"
     return VerifierFacts(digest.hexdigest()[:16], 0, settings.scores_steps, aggregation)

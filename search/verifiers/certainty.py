@@ -23,9 +23,9 @@ from search.engines.loading import Loaded, load_model
 from search.errors import ConfigError, ModelError
 from search.types import Scored, ScoreRequest, Task, VerifierFacts
 from search.verifiers.layout import OwnLayout
-from search.verifiers.readout import CHUNK_TOKENS
 from search.verifiers.states import StateScorer
 
+CHUNK_LOGITS = 1 << 26  # float32 logits that exist at once: 256 MiB, and their log-probabilities as much
 Measure = Literal["self_certainty", "logprob"]
 
 
@@ -41,11 +41,9 @@ class CertaintyHead:
 
     def terms(self, before_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """The measure at each token, float32 [N]."""
-        parts = [
-            self._measured(before_NH[i : i + CHUNK_TOKENS], ids_N[i : i + CHUNK_TOKENS])
-            for i in range(0, len(ids_N), CHUNK_TOKENS)
-        ]
-        return torch.cat(parts)
+        size = max(1, CHUNK_LOGITS // self._output.weight.shape[0])
+        chunks = zip(before_NH.split(size), ids_N.split(size), strict=True)
+        return torch.cat([self._measured(*chunk) for chunk in chunks])
 
     def _measured(self, before_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         logits_NV = self._output(before_NH)[:, : self._num_tokens].float()
