@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.schema import Config
 from search.errors import BudgetExceeded, VerifierError
-from search.prompts import prompt_ids
+from search.prompts import prompt_ids, revision_prompt
 from search.randomness import key64
 from search.trace import Trace
 from search.types import (
@@ -121,12 +121,13 @@ class Policy:
         """
         first = self._drawn[stream]
         self._drawn[stream] += num
-        shown = self._showing(attempts)
-        while len(attempts) > 1 and len(shown) + self._sampler.max_new_tokens > self._sampler.engine.facts.max_length:
-            attempts = attempts[1:]
-            shown = self._showing(attempts)
+        shown: tuple[int, ...] = ()
         if attempts:
-            self._shown[shown] = tuple(a.text for a in attempts)
+            sampler, texts = self._sampler, [a.text for a in attempts]
+            room = sampler.engine.facts.max_length - sampler.max_new_tokens
+            shown, fitting = revision_prompt(sampler.task, sampler.engine.tokenizer, self.problem, texts, room)
+            self._shown[shown] = fitting
+            attempts = attempts[-len(fitting) :]
         started = [
             Candidate(path=(n,), prompt_ids=shown, key=key64(*self._sampler.seed, self.problem.key, stream, n))
             for n in range(first, first + num)
@@ -134,11 +135,6 @@ class Policy:
         if self.trace and attempts:
             self.trace.start(started, attempts)
         return started
-
-    def _showing(self, attempts: Sequence[Candidate]) -> tuple[int, ...]:
-        """The prompt that shows these attempts; () for none: the problem's own."""
-        sampler, texts = self._sampler, [a.text for a in attempts]
-        return tuple(prompt_ids(sampler.task, sampler.engine.tokenizer, self.problem, texts)) if texts else ()
 
     def resume(self, begun: Candidate, num: int, *, stream: str = "resume") -> list[Candidate]:
         """`num` copies of an answer's beginning that was stored, each with a random stream of its own.

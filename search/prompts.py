@@ -26,3 +26,16 @@ def prompt_ids(task: Task, tokenizer: Any, problem: Problem, attempts: Sequence[
     for attempt in attempts:
         messages += [{"role": "assistant", "content": attempt}, {"role": "user", "content": REVISE}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def revision_prompt(
+    task: Task, tokenizer: Any, problem: Problem, attempts: Sequence[str], room: int
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The prompt's ids and the attempts that it shows: as many of the last ones as fit into `room` tokens, and always
+    the last."""
+    shown = tuple(attempts)
+    while True:
+        ids = tuple(prompt_ids(task, tokenizer, problem, shown))
+        if len(ids) <= room or len(shown) < 2:
+            return ids, shown
+        shown = shown[1:]
