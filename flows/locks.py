@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import socket
 import sys
@@ -26,6 +27,8 @@ from pathlib import Path
 
 from flows.artefacts import disk_errors
 from search.errors import DiskError, LockedError
+
+GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each, named by its bus address
 
 _held: set[int] = set()
 
@@ -76,11 +79,12 @@ def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, else by their number; asks no driver."""
+    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, else by the number it would name them by: a
+    container that was given /dev/nvidia3 alone calls it 0. Asks no driver."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    numbers = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
-    if chosen is None or not numbers:
-        return [str(number) for number in numbers]
+    num = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if chosen is None or not num:
+        return [str(number) for number in range(num)]
     return list(itertools.takewhile(lambda device: device not in ("", "-1"), map(str.strip, chosen.split(","))))
 
 
@@ -92,8 +96,8 @@ def gpu_locks(devices: Sequence[str], what: str, waiting: Callable[[str], None])
     one order by everybody: nobody waits in a circle.
     """
     with contextlib.ExitStack() as held:
-        for device in sorted(set(devices)):
-            safe = "".join(c if c.isalnum() else "-" for c in device)
+        for place, device in sorted({_place(device): device for device in devices}.items()):
+            safe = "".join(c if c.isalnum() else "-" for c in place)
             path = Path(tempfile.gettempdir(), f"ratchet-{os.getuid()}-gpu-{safe}.lock")
             try:
                 held.enter_context(lock(path, what))
@@ -101,6 +105,20 @@ def gpu_locks(devices: Sequence[str], what: str, waiting: Callable[[str], None])
                 waiting(f"waiting for GPU {device}: {error}")
                 held.enter_context(lock(path, what, wait_s=math.inf))
         yield
+
+
+def _place(device: str) -> str:
+    """The bus address of a GPU, whether it is called by its number, by its UUID or by how that begins: all who use it
+    meet at one lock. Unknown ones (parts of a GPU; a machine that does not tell) keep the name they are called by.
+
+    Numbers are in the order of the bus, as they are wherever the GPUs of a machine are alike.
+    """
+    told = sorted(GPUS.glob("*/information"))
+    if device.isdecimal():
+        return told[int(device)].parent.name if int(device) < len(told) else device
+    begins = re.compile(rf"^GPU UUID:\s*{re.escape(device)}", re.MULTILINE)
+    places = [path.parent.name for path in told if begins.search(path.read_text(encoding="utf-8"))]
+    return places[0] if len(places) == 1 else device
 
 
 def holder(path: Path) -> Holder | None:

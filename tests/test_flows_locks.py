@@ -155,6 +155,7 @@ def test_a_folder_that_cannot_be_written_is_a_disk_error(tmp_path):
 @pytest.fixture
 def locks_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("flows.locks.GPUS", tmp_path / "no GPU here")
     return tmp_path
 
 
@@ -171,6 +172,39 @@ def test_one_lock_per_gpu_whatever_the_order(locks_folder):
                 take(locks_folder / name)
     with gpu_locks(["0"], "distill", told.append):
         assert told == []
+
+
+@pytest.fixture
+def four_gpus(tmp_path, locks_folder, monkeypatch):
+    """What the kernel tells of them, in a folder."""
+    folder = tmp_path / "gpus"
+    for bus, uuid in (("1a", "GPU-8a01"), ("05", "GPU-8a77"), ("c1", "GPU-3f00"), ("2b", "GPU-????")):
+        (folder / f"0000:{bus}:00.0").mkdir(parents=True)
+        text = f"Model: \t\t NVIDIA H200\nIRQ:   \t\t 18\nGPU UUID: \t {uuid}\nBus Type: \t PCIe\nDevice Minor: \t 3\n"
+        (folder / f"0000:{bus}:00.0" / "information").write_text(text)
+    monkeypatch.setattr("flows.locks.GPUS", folder)
+    return locks_folder
+
+
+@pytest.mark.parametrize(
+    ("name", "bus"),
+    [("0", "05"), ("GPU-8a77", "05"), ("1", "1a"), ("GPU-8a0", "1a"), ("3", "c1"), ("GPU-3", "c1")],
+)
+def test_a_gpu_has_one_lock_whatever_it_is_called(four_gpus, name, bus):
+    path = four_gpus / f"ratchet-{os.getuid()}-gpu-0000-{bus}-00-0.lock"
+    with gpu_locks([name], "search", pytest.fail), pytest.raises(LockedError, match="search is being done"):
+        take(path)
+
+
+def test_a_gpu_that_is_named_twice_is_not_waited_for(four_gpus):
+    with gpu_locks(["2", "0", "GPU-8a77"], "search", pytest.fail):
+        assert len(list(four_gpus.glob("*.lock"))) == 2
+
+
+@pytest.mark.parametrize("name", ["GPU-8a", "GPU-ff", "7", "MIG-8a01"])
+def test_what_the_kernel_does_not_know_is_locked_by_its_name(four_gpus, name):
+    with gpu_locks([name], "search", pytest.fail):
+        assert [p.name for p in four_gpus.glob("*.lock")] == [f"ratchet-{os.getuid()}-gpu-{name}.lock"]
 
 
 def test_a_busy_gpu_is_waited_for_and_told_once(locks_folder, held):
@@ -200,6 +234,12 @@ def test_the_gpus_that_can_be_seen(monkeypatch, chosen, devices):
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert visible_gpus() == devices
+
+
+def test_the_only_gpu_of_a_container_is_number_0(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/nvidia3")])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0"]
 
 
 def test_without_a_gpu_none_is_seen(monkeypatch):
