@@ -37,7 +37,7 @@ from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
 from search.strategies import Spec, parse, parse_list
 from search.tasks import load_task
 from search.thresholds import GRID, needs_fit, with_threshold
-from search.types import Budget, Problem, Spend, Task, VerifierFacts
+from search.types import Budget, Problem, Spend, Task, Verifier, VerifierFacts
 from search.verifiers import load_verifier
 
 NUM_FIT = 100  # problems on which a threshold is fitted
@@ -80,7 +80,10 @@ class Item:
 def evaluate_model(
     config: Config, runs_dir: Path, model: str, split: str, num_problems: int, request: Request, *, report: bool
 ) -> dict[str, Any]:
-    """Search held-out problems with a model and report. Raises ConfigError, BudgetError, DataError, ModelError."""
+    """Search held-out problems with a model and report; on the test split a look is counted, whatever the model.
+
+    Raises ConfigError, BudgetError, DataError, ModelError, and LockedError where a round writes the loop.
+    """
     if split not in ("validation", "test"):
         raise ConfigError(f"--split {split}: expected validation or test")
     task = load_task(config)
@@ -90,9 +93,8 @@ def evaluate_model(
     problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
     if not problems:
         raise DataError(f"--split {split}: the task has no problem in it; give more problems, or a larger share")
-    if split == "test" and model in ("champion", "base"):
-        with Loop.locked(runs_dir, config.loop.name, "an evaluation on the test set") as loop:
-            loop.count_test_look()
+    if split == "test":
+        _count_look(config, runs_dir)
     root = runs_dir / config.loop.name / "eval"
     root.mkdir(parents=True, exist_ok=True)
     with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
@@ -108,8 +110,24 @@ def evaluate_model(
     found = to_json(task.name, len(problems), num_ungraded, rows, curves)
     found |= {"unit": request.unit, "model": model, "split": split, **spent}
     if report:
-        _draw(found, runs_dir / config.loop.name / f"eval-{model.replace('/', '_')}-{split}.png")
+        _draw(found, runs_dir / config.loop.name / _report_name(model, split, config, verifier))
     return found
+
+
+def _count_look(config: Config, runs_dir: Path) -> None:
+    """In the loop's state; where there is no loop yet, nobody has chosen anything by its test set."""
+    if (runs_dir / config.loop.name / "loop.json").exists():
+        with Loop.locked(runs_dir, config.loop.name, "an evaluation on the test set") as loop:
+            loop.count_test_look()
+
+
+def _report_name(model: str, split: str, config: Config, verifier: Verifier | None) -> str:
+    """Another model, split or verifier has a report of its own."""
+    name = f"eval-{model}-{split}"
+    if verifier is not None:
+        kind, fingerprint = config.verifier.type, verifier.facts.fingerprint
+        name += f"-{fingerprint}" if fingerprint.startswith(f"{kind}-") else f"-{kind}-{fingerprint}"
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".png"
 
 
 # ---------------------------------------------------------------- what is run

@@ -11,6 +11,7 @@ from configs import load
 from flows import eval_run, evaluation
 from flows.eval_store import Store
 from flows.evaluation import Request, evaluate_model, plan
+from flows.state import Loop
 from search import run as search_run
 from search.errors import BudgetError, ConfigError, EngineError, LockedError
 from search.results import read_results
@@ -386,6 +387,26 @@ def test_the_report_is_drawn(run, tmp_path, capsys):
     (path,) = (tmp_path / "mine").glob("eval-*.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert f"report: {path}" in capsys.readouterr().err
+
+
+def test_each_verifier_has_a_report_of_its_own(run, tmp_path):
+    for noise in (None, 0.1, 0.2, 0.1):
+        run(Request((4,), "majority"), noise=noise, report=True)
+    start = f"eval-{tmp_path / 'model'}-validation".replace("/", "_")
+    names = sorted(path.name for path in (tmp_path / "mine").glob("eval-*.png"))
+    assert names == [f"{start}-oracle-0.1-0.png", f"{start}-oracle-0.2-0.png", f"{start}.png"]
+
+
+def test_a_look_at_the_test_set_is_counted_whatever_the_model(run, tmp_path):
+    run(BOTH, split="test")  # there is no loop yet
+    loop = Loop.open(tmp_path, "mine", task="countdown")
+    loop.save()
+    run(BOTH)
+    assert Loop.open(tmp_path, "mine").state.test_looks == 0
+    run(BOTH, split="test")
+    assert Loop.open(tmp_path, "mine").state.test_looks == 1
+    with loop.lock("a round"), pytest.raises(LockedError, match="a round"):
+        run(BOTH, split="test")
 
 
 def test_progress_tells_problems_tokens_and_steps(scripted, tmp_path, monkeypatch):
