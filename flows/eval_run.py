@@ -23,7 +23,7 @@ from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.errors import VerifierError
 from search.parallel import Report, fork_map
-from search.policy import Policy, Sampler, Scorer
+from search.policy import Policy, Sampler, Scorer, none_scored
 from search.results import read_results, read_unfinished, write_results, write_unfinished
 from search.run import Plan, Progress, search_shard
 from search.scheduler import Searching, Tick, run_together
@@ -292,7 +292,8 @@ async def _scored(result: SearchResult, policy: Policy, scorer: Scorer) -> Searc
         candidates = await scorer.score(result.candidates)
     except VerifierError as error:
         return replace(result, failed=str(error), spend=result.spend + policy.spend)
-    return replace(result, candidates=tuple(candidates), spend=result.spend + policy.spend)
+    spend, failed = result.spend + policy.spend, none_scored(candidates)
+    return replace(result, candidates=tuple(candidates), spend=spend, failed=failed)
 
 
 def _score_one(result: SearchResult, sampler: Sampler, verifier: Verifier) -> Searching[SearchResult]:

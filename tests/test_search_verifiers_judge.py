@@ -8,6 +8,7 @@ import pytest
 
 from configs.load import load
 from configs.schema import JudgeVerifier
+from flows.eval_run import score as score_pools
 from search import evaluate
 from search.errors import ConfigError, EngineError, ModelError
 from search.results import write_results
@@ -15,7 +16,7 @@ from search.types import Problem, ScoreRequest, SearchResult
 from search.verifiers import describe, load_verifier
 from search.verifiers.judge import Judge, fence
 from tests.fake_judge import FakeJudge, fenced
-from tests.scripted_search import LineTask, StepEngine, by_table, given, run_all, run_one
+from tests.scripted_search import LineTask, StepEngine, by_table, given, run_all, run_one, sampler_of
 
 PROBLEM = Problem("p", "What is 1+1?", "2")
 RIGHT, WRONG = "VERDICT: right", "VERDICT: wrong"
@@ -432,12 +433,20 @@ def test_a_beam_goes_on_where_steps_have_verdicts(judge):
 
 
 def test_pools_with_answers_that_have_no_verdict_can_be_ranked_and_are_counted(judge, tmp_path):
-    made, _ = judge(lambda content: {"2": RIGHT, "7": WRONG, "9": "hm"}[answer_of(content)])
-    result = run_one("best_of_n_weighted", 4, StepEngine(ANSWERS), made)
-    path = tmp_path / "pool.jsonl"
-    write_results([result], path)
-    figures = evaluate.read_pool(path, (4,), rules=("best_of_n_weighted",))
-    assert figures.num_unscored == 1
+    """Stored pools that `ratchet eval` has scored: of one problem some answers, of the other none."""
+    verdicts = {"2": RIGHT, "7": WRONG, "9": "hm"}
+    made, _ = judge(lambda c: "hm" if fenced(c, "question") == "bad" else verdicts[answer_of(c)])
+    engine, path = StepEngine(ANSWERS), tmp_path / "pool.jsonl"
+    drawn = run_all("majority", 4, engine, [Problem("a", "a", "2"), Problem("b", "bad", "2")])
+    some, none = score_pools(drawn, sampler_of(engine), made)
+    assert some.failed is None
+    assert none.failed is not None
+    assert "scored none of 4 answers" in none.failed
+    write_results([some, none], path)
+    figures = evaluate.read_pool(path, (4,), rules=("best_of_n", "pass"))
+    assert figures.by_key("best_of_n", 4) == {"a": 1.0, "b": 0.0}
+    assert figures.by_key("pass", 4) == {"a": 1.0, "b": 1.0}
+    assert (figures.num_unscored, figures.unscored) == (5, (none.failed,))
 
 
 @pytest.mark.parametrize("process", ["true", "false"])
