@@ -10,13 +10,12 @@ rounded up; right answers need none. With few rollouts a step that is merely har
 tree, which picks the rollout to bisect next.
 
 Rollouts are a plan like any search's: `search.run.search` and `run_shards` batch, meter, cap, resume and grade them. A
-rollout's `path` is (answer, steps kept of it, draw).
+rollout's `path` is (answer, steps kept of it, draw); all that was drawn is its last step.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,14 +93,11 @@ def prepare(
             f"none of {num_answers} answers holds the step delimiter {sampler.task.step_delimiter!r} before its end: "
             "there are no steps to draw rollouts from; set the task's step_delimiter to what separates its steps"
         )
-    strategy = functools.partial(_bisect if settings.first_error else _value_all, answers=stepped, settings=settings)
-    plan = Plan(
-        settings.text,
-        functools.partial(strategy, sampler=sampler),
-        Budget("samples", math.inf),
-        rule=lambda _: None,
-        scored=False,
+    strategy = functools.partial(
+        _bisect if settings.first_error else _value_all, answers=stepped, settings=settings, sampler=sampler
     )
+    most = settings.num * max(sum(len(answer.step_ends) - 1 for answer in answers) for answers in stepped.values())
+    plan = Plan(settings.text, strategy, Budget("samples", most), rule=lambda _: None, scored=False)
     return [found[key][0] for key in stepped], plan
 
 
@@ -150,10 +146,15 @@ def _begun(answers: Sequence[Candidate], max_new_tokens: int) -> dict[Ids, Candi
     begun: dict[Ids, Candidate] = {}
     for a, answer in enumerate(answers):
         for steps in range(1, len(answer.step_ends)):
-            prefix = _prefix(answer, steps)
+            prefix, ends = _prefix(answer, steps), answer.text_ends[:steps]
             if len(prefix) < max_new_tokens and prefix not in begun:
                 begun[prefix] = Candidate(
-                    prefix, answer.text[: answer.text_ends[steps - 1]], path=(a, steps), prompt_ids=answer.prompt_ids
+                    ids=prefix,
+                    text=answer.text[: ends[-1]],
+                    step_ends=answer.step_ends[:steps],
+                    text_ends=ends,
+                    path=(a, steps),
+                    prompt_ids=answer.prompt_ids,
                 )
     return begun
 
@@ -180,7 +181,7 @@ async def _value_all(
     if settings.prefixes is not None:
         ranked = sorted(begun, key=lambda c: key64(*sampler.seed, problem.key, NAME, *c.ids))
         begun = ranked[: settings.prefixes]
-    return await _roll_out(policy, begun, settings.num, sampler)
+    return await _roll_out(policy, begun, settings.num)
 
 
 async def _bisect(
@@ -206,7 +207,7 @@ async def _bisect(
         probes = dict.fromkeys(probe for answer in wrong if (probe := _next_probe(answer, values)) in begun)
         if not probes:
             return drawn
-        rolled = await _roll_out(policy, [begun[probe] for probe in probes], settings.num, sampler)
+        rolled = await _roll_out(policy, [begun[probe] for probe in probes], settings.num)
         drawn += rolled
         graded = _judge(sampler.task, problem, rolled)
         for n, probe in enumerate(probes):
@@ -228,19 +229,15 @@ def _next_probe(answer: Candidate, values: Mapping[Ids, float | None]) -> Ids:
     return () if probe in values else probe
 
 
-async def _roll_out(policy: Policy, begun: Sequence[Candidate], num: int, sampler: Sampler) -> list[Candidate]:
-    """`num` answers from each beginning, in its order, with their steps."""
-    starts = [
-        copy
-        for candidate in begun
-        for copy in policy.resume(
-            replace(candidate, prompt_ids=() if candidate.prompt_ids == policy.prompt_ids else candidate.prompt_ids),
-            num,
-            stream=NAME,
-        )
+async def _roll_out(policy: Policy, begun: Sequence[Candidate], num: int) -> list[Candidate]:
+    """`num` answers from each beginning, in its order; what was drawn is their last step, however long."""
+    own = [c if c.prompt_ids != policy.prompt_ids else replace(c, prompt_ids=()) for c in begun]
+    ended = await policy.finish([copy for candidate in own for copy in policy.resume(candidate, num, stream=NAME)])
+    starts = (candidate for candidate in own for _ in range(num))
+    return [
+        replace(c, step_ends=(*b.step_ends, len(c.ids)), text_ends=(*b.text_ends, len(c.text)))
+        for b, c in zip(starts, ended, strict=True)
     ]
-    ended = await policy.finish(starts)
-    return [split(c, sampler.engine.tokenizer, sampler.task.step_delimiter) for c in ended]
 
 
 def _judge(task: Task, problem: Problem, rolled: Sequence[Candidate]) -> list[bool | None]:
@@ -272,8 +269,7 @@ def _outcomes(result: SearchResult) -> Iterator[tuple[tuple[str, ...], bool]]:
     for candidate in result.candidates:
         right = _right(candidate.grade) if candidate.finish in JUDGED else None
         if right is not None:
-            _, num_steps, _ = candidate.path
-            yield candidate.steps[:num_steps], right
+            yield candidate.steps[:-1], right
 
 
 def is_rollouts(result: SearchResult) -> bool:
