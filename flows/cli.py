@@ -119,7 +119,7 @@ def plan(
 def eval_command(
     config: ConfigArg = None,
     overrides: SetOpt = None,
-    model: Annotated[str, typer.Option(help="champion, base, or a model folder")] = "champion",
+    model: Annotated[str, typer.Option(help="champion, base, reviser, or a model folder")] = "champion",
     strategies: Annotated[
         str | None,
         typer.Option(
@@ -178,7 +178,7 @@ def solve(
     strategy: Annotated[
         str | None, typer.Option(help="like 'beam(width=4)'; default: search.strategy, or a majority vote")
     ] = None,
-    model: Annotated[str, typer.Option(help="champion, base, or a model folder")] = "champion",
+    model: Annotated[str, typer.Option(help="champion, base, reviser, or a model folder")] = "champion",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="hard cap on the tokens generated")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="show the search as a tree, and write a page of it")] = False,
     html: Annotated[Path | None, typer.Option(help="where the page goes; default: runs/LOOP/traces")] = None,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
+from flows.chosen import load_chosen_verifier
 from flows.eval_store import Cell, count_lines, fitted, kept
 from flows.stages import write_json
 from search import answers
@@ -32,7 +33,6 @@ from search.strategies import parse
 from search.tasks import load_task
 from search.thresholds import GRID, fit_threshold, needs_fit, with_threshold
 from search.types import Budget, Candidate, Problem, SearchResult, Verifier
-from search.verifiers import load_verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,14 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
         task = load_task(config)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
         sampler = Sampler.of(config, engine, task, "evaluate", f"pool-{request['split']}")
-        verifier = load_verifier(config, task) if any(cell.verified for cell in cells) else None
+        verifier = load_chosen_verifier(config, task, inputs) if any(cell.verified for cell in cells) else None
         limit = None if left is None else left // num
         _Process(sampler, verifier, problems, limit, num, tell).run(assign(shards, num)[index])
         engine.close()
 
     left: int | None = request["max_tokens"]
     if unfitted:
-        fit_all = functools.partial(_fit_all, config, inputs["policy"], request["split"], unfitted, fit, left)
+        fit_all = functools.partial(_fit_all, config, inputs, request["split"], unfitted, fit, left)
         (tokens,) = fork_map(fit_all, 1, report_fit, fork=True)
         left = None if left is None else left - tokens
     fork_map(work, num, report)
@@ -113,7 +113,7 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
 
 def _fit_all(
     config: Config,
-    policy: Path,
+    inputs: Mapping[str, Path],
     split: str,
     cells: Sequence[Cell],
     problems: Sequence[Problem],
@@ -123,9 +123,9 @@ def _fit_all(
 ) -> int:
     """Fit the thresholds of these cells, each on the same problems, and leave them in the cells' folders; tokens."""
     task = load_task(config)
-    engine = load_engine(config, policy_path(policy), task)
+    engine = load_engine(config, policy_path(inputs["policy"]), task)
     sampler = Sampler.of(config, engine, task, "evaluate", f"fit-{split}")
-    verifier = load_verifier(config, task)
+    verifier = load_chosen_verifier(config, task, inputs)
     assert verifier is not None, "a strategy with a threshold was planned without a verifier"
     done = Done()
     for cell in cells:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from configs.schema import Config
 from flows import eval_store
 from flows.child import signals_end_children
+from flows.chosen import Chosen, choose
 from flows.driver import StageCall
 from flows.eval_store import Cell, Store
 from flows.locks import lock
@@ -28,7 +29,6 @@ from flows.stage import Stages
 from flows.stages import Context, Inputs, write_json
 from flows.state import Loop
 from search.engines import num_processes
-from search.engines.reference import policy_path
 from search.errors import BudgetError, ConfigError, DataError, StageFailed
 from search.evaluate import SCORED_RULES
 from search.run import Progress
@@ -37,8 +37,8 @@ from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
 from search.strategies import Spec, parse, parse_list
 from search.tasks import load_task
 from search.thresholds import GRID, needs_fit, with_threshold
-from search.types import Budget, Problem, Spend, Task, Verifier, VerifierFacts
-from search.verifiers import load_verifier
+from search.types import Budget, Problem, Spend, Task, VerifierFacts
+from search.verifiers import describe
 
 NUM_FIT = 100  # problems on which a threshold is fitted
 ALWAYS = ("greedy", "pass", "majority")
@@ -87,9 +87,10 @@ def evaluate_model(
     if split not in ("validation", "test"):
         raise ConfigError(f"--split {split}: expected validation or test")
     task = load_task(config)
-    verifier = load_verifier(config, task)
-    items = plan(request, verifier.facts if verifier else None)
-    policy = find_model(config, runs_dir, model)
+    chosen = choose(config, runs_dir, model)
+    config = chosen.config
+    facts = describe(config, task, trained=chosen.verifier)
+    items = plan(request, facts)
     problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
     if not problems:
         raise DataError(f"--split {split}: the task has no problem in it; give more problems, or a larger share")
@@ -99,18 +100,18 @@ def evaluate_model(
     root.mkdir(parents=True, exist_ok=True)
     with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
         fit = _problems(task, "fit", NUM_FIT, runs_dir / config.loop.name)
-        store = Store(root, config, policy, split, problems, num_processes(config), fit)
-        searches = _Searches(store, items, verifier.facts.fingerprint if verifier else None)
+        store = Store(root, config, chosen.policy, split, problems, num_processes(config), fit)
+        searches = _Searches(store, items, facts.fingerprint if facts else None)
         if request.fresh:
             store.forget(searches.cells)
-        _search(config, policy, split, problems, fit, searches.cells, request)
+        _search(chosen, split, problems, fit, searches.cells, request)
         rows, curves, num_ungraded = searches.rows({p.key: i for i, p in enumerate(problems)})
         spent = searches.spent(request.max_tokens)
     _tell_unfinished(rows, len(problems), request.max_tokens, spent.get("generated_tokens"))
     found = to_json(task.name, len(problems), num_ungraded, rows, curves)
     found |= {"unit": request.unit, "model": model, "split": split, **spent}
     if report:
-        _draw(found, runs_dir / config.loop.name / _report_name(model, split, config, verifier))
+        _draw(found, runs_dir / config.loop.name / _report_name(model, split, config, facts))
     return found
 
 
@@ -121,11 +122,11 @@ def _count_look(config: Config, runs_dir: Path) -> None:
             loop.count_test_look()
 
 
-def _report_name(model: str, split: str, config: Config, verifier: Verifier | None) -> str:
+def _report_name(model: str, split: str, config: Config, facts: VerifierFacts | None) -> str:
     """Another model, split or verifier has a report of its own."""
     name = f"eval-{model}-{split}"
-    if verifier is not None:
-        kind, fingerprint = config.verifier.type, verifier.facts.fingerprint
+    if facts is not None:
+        kind, fingerprint = config.verifier.type, facts.fingerprint
         name += f"-{fingerprint}" if fingerprint.startswith(f"{kind}-") else f"-{kind}-{fingerprint}"
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".png"
 
@@ -246,8 +247,7 @@ def _generated_tokens(cells: Sequence[Cell]) -> int:
 
 
 def _search(
-    config: Config,
-    policy: Path,
+    chosen: Chosen,
     split: str,
     problems: Sequence[Problem],
     fit: Sequence[Problem],
@@ -271,7 +271,8 @@ def _search(
                 raise DataError("threshold=fit needs problems of the fit split, and there are none: give a number")
             write_problems(fit, folder / "fit.jsonl")
         out = cells[0].folder.parent
-        call = StageCall("sample", 0, None, config, {"policy": policy, "request": folder}, out, heavy=True, look=1)
+        inputs, config = chosen.inputs | {"request": folder}, chosen.config
+        call = StageCall("sample", 0, None, config, inputs, out, heavy=True, look=1)
         what = f"{len(problems)} problems, {len(lacking)} searches"
         with signals_end_children(), Stages(config) as stages, _bar(what) as progress:
             stages(call, progress)
@@ -342,7 +343,7 @@ def _pool_names(strategies: str) -> dict[str, str]:
     return names
 
 
-# ---------------------------------------------------------------- models and problems
+# ---------------------------------------------------------------- folders and problems
 
 
 @contextmanager
@@ -358,21 +359,6 @@ def work_folder(command: str = "eval") -> Iterator[Path]:
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def find_model(config: Config, runs_dir: Path, model: str) -> Path:
-    """Where the model lies. Raises DataError, ModelError."""
-    if model not in ("champion", "base"):
-        if not Path(model).is_dir():
-            raise DataError(f"--model {model}: no such folder; say champion, base, or a model folder")
-        place = Path(model)
-    else:
-        loop = Loop.open(runs_dir, config.loop.name)
-        if loop.state.champion is None:
-            raise DataError(f"loop {config.loop.name} has no champion yet: run `ratchet round` first")
-        place = loop.path / "round-000" / "base" if model == "base" else loop.resolve(loop.state.champion.policy)
-    policy_path(place)
-    return place
 
 
 def _problems(task: Task, split: Literal["validation", "test", "fit"], num: int, loop: Path) -> list[Problem]:

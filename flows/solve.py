@@ -24,8 +24,9 @@ from configs import load
 from configs.schema import Config
 from flows.artefacts import atomic_write, disk_errors
 from flows.child import signals_end_children
+from flows.chosen import Chosen, choose, load_chosen_verifier
 from flows.driver import StageCall
-from flows.evaluation import find_model, work_folder
+from flows.evaluation import work_folder
 from flows.locks import gpu_locks
 from flows.show import count, harmless, seconds
 from flows.solution import Solution
@@ -40,7 +41,6 @@ from search.run import Plan, Progress, search
 from search.tasks import load_task
 from search.trace import Node, Trace
 from search.types import SPLITS, Budget, Problem, SearchResult, Task, Verifier
-from search.verifiers import load_verifier
 
 WITHOUT_SCORES = {  # what the configured strategy is here without a verifier, or instead of a look at the gold answer
     "pass": "majority",
@@ -86,11 +86,12 @@ def ask(config: Config, runs_dir: Path, question: Question, model: str = "champi
     except UnicodeEncodeError:
         raise ConfigError("the question is not UTF-8: check the terminal's encoding") from None
     with signals_end_children(), work_folder("solve") as folder, _status() as progress:
-        policy = _policy(config, runs_dir, model, folder)
+        chosen = _chosen(config, runs_dir, model, folder)
+        config = chosen.config
         write_json(folder / "question.json", asdict(question))
         out = folder / "solve"
         out.mkdir()
-        call = StageCall("solve", 0, None, config, {"policy": policy, "question": folder}, out, heavy=True, look=1)
+        call = StageCall("solve", 0, None, config, chosen.inputs | {"question": folder}, out, heavy=True, look=1)
         if config.engine.type == "vllm" or config.stages.python not in (None, sys.executable):
             with Stages(config) as stages:
                 stages(call, progress)
@@ -115,15 +116,15 @@ def _here(call: StageCall, progress: Progress) -> None:
         in_process(call, progress)
 
 
-def _policy(config: Config, runs_dir: Path, model: str, folder: Path) -> Path:
-    """Where the model lies; the user's own base needs no round before it answers."""
+def _chosen(config: Config, runs_dir: Path, model: str, folder: Path) -> Chosen:
+    """What answers; the user's own base needs no round before it does."""
     own = config.model.base not in _OURS
     if model == "base" and own:
         source = Path(config.model.base)
         write_json(folder / "model.json", {"path": str(source.resolve()) if source.is_dir() else config.model.base})
-        return folder / "model.json"
+        return Chosen(config, folder / "model.json", None)
     try:
-        return find_model(config, runs_dir, model)
+        return choose(config, runs_dir, model)
     except DataError as error:
         way_out = "; `--model base` answers without one" if own and model == "champion" else ""
         raise DataError(f"{error}{way_out}") from None
@@ -156,7 +157,7 @@ def solve(context: Context, inputs: Inputs, out: Path) -> None:
     task = load_task(config)
     try:
         problem = find_problem(task, asked.text)
-        verifier = load_verifier(config, task)
+        verifier = load_chosen_verifier(config, task, inputs)
         plan = make_plan(config, asked, problem, verifier)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num_processes(config))
         loaded_s = time.monotonic()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
+from flows.chosen import load_chosen_verifier
 from search import answers
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
@@ -21,8 +22,7 @@ from search.run import Plan, Progress, run_shards
 from search.sets import draw_sets, read_outcomes, read_problems, write_problems, write_sets
 from search.strategies.best_of_n import best_of_n, greedy
 from search.tasks import load_problems, load_task
-from search.types import Budget, Problem, Spend, Task, Verifier
-from search.verifiers import load_verifier
+from search.types import Budget, Problem, Spend, Verifier
 
 Inputs = Mapping[str, Path]
 SHARD_SAMPLES = 4000  # about as many samples of a pool are committed together
@@ -183,7 +183,7 @@ def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -
     def work(index: int, tell: Report) -> dict[str, float]:
         task = load_task(config)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
-        verifier = _verifier(config, task, inputs) if any(job.verified for job in jobs) else None
+        verifier = load_chosen_verifier(config, task, inputs) if any(job.verified for job in jobs) else None
         spend, before = Spend(), _Done()
         for job in jobs:
             sampler = Sampler.of(config, engine, task, job.stage, job.split)
@@ -195,10 +195,6 @@ def run_jobs(context: Context, inputs: Inputs, out: Path, jobs: Sequence[Job]) -
         return spend.to_json()
 
     return sum((Spend(**row) for row in fork_map(work, num, report)), Spend())
-
-
-def _verifier(config: Config, task: Task, inputs: Inputs) -> Verifier | None:
-    return load_verifier(config, task, policy=policy_path(inputs["policy"]), trained=inputs.get("verifier"))
 
 
 def _run_job(

@@ -16,6 +16,7 @@ from search import run as search_run
 from search.errors import BudgetError, ConfigError, EngineError, LockedError
 from search.results import read_results
 from search.types import VerifierFacts
+from search.verifiers import load_verifier
 from tests import engine_zoo
 
 PROCESS, OUTCOME = VerifierFacts("v", 0), VerifierFacts("v", 0, process=False)
@@ -326,7 +327,7 @@ def test_two_evaluations_of_a_loop_do_not_run_at_once(run, tmp_path, monkeypatch
 
 
 def test_a_failed_problem_counts_as_not_solved_and_is_told(run, monkeypatch):
-    class Broken(evaluation.load_verifier(load.load("smoke", ["verifier.type=oracle"]), None).__class__):
+    class Broken(load_verifier(load.load("smoke", ["verifier.type=oracle"]), None).__class__):
         def score(self, requests):
             scored = super().score(requests)
             bad = requests[0].problem.key
@@ -335,10 +336,10 @@ def test_a_failed_problem_counts_as_not_solved_and_is_told(run, monkeypatch):
                 for r, s in zip(requests, scored, strict=True)
             ]
 
-    def load_broken(config, task):
+    def load_broken(config, task, inputs):
         return Broken(task, config.verifier, seed=0)
 
-    monkeypatch.setattr(eval_run, "load_verifier", load_broken)
+    monkeypatch.setattr(eval_run, "load_chosen_verifier", load_broken)
     by_row = rows(run(Request((4,), "majority,best_of_n,beam(width=2)"), noise=0.0))
     assert by_row["majority", 4]["failed"] == 0
     assert by_row["best_of_n", 4]["failed"] == 1

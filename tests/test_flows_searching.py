@@ -193,7 +193,7 @@ def test_a_problem_that_failed_counts_as_not_solved_and_is_told(run, monkeypatch
             bad = [len(r.problem.question) % 2 == 0 for r in requests]
             return [Scored(tuple(math.nan if b else 1.0 for _ in r.steps)) for r, b in zip(requests, bad, strict=True)]
 
-    monkeypatch.setattr(stages, "load_verifier", lambda config, task, **given: Broken())
+    monkeypatch.setattr(stages, "load_chosen_verifier", lambda *given: Broken())
     out = run(*BEAM)
     results = {r.problem.key: r for r in read_results(out)}
     failed = {key for key, r in results.items() if r.failed}

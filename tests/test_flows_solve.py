@@ -126,7 +126,7 @@ def test_what_cannot_be_asked_says_so_and_how(model, tmp_path, question, overrid
 
 
 def test_a_missing_model_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match="no such folder; say champion, base, or a model folder"):
+    with pytest.raises(DataError, match="no such folder; say champion, base, reviser, or"):
         ask(smoke(), tmp_path, Question(ASKED), "nowhere")
     with pytest.raises(DataError, match=r"start it with `ratchet round`$"):
         ask(smoke(), tmp_path, Question(ASKED))
