@@ -340,6 +340,9 @@ class TrainedVerifier(VerifierRuntime):
     first_error: bool = Field(
         default=False, description="labels = rollouts: find the first wrong step by binary search, and skip the rest"
     )
+    keep_unparsable: bool = Field(
+        default=False, description="train on answers without an extractable answer too, as wrong ones"
+    )
     max_examples: PositiveInt = Field(default=50_000, description="answers trained on; the newest rounds come first")
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
@@ -509,6 +512,13 @@ class Distill(Section):
         return self
 
 
+class ChainVerifier(TrainedVerifier):
+    """Scores the answers of chains and reads the attempts before them; [verifier] with other defaults."""
+
+    type: Literal["trained"] = "trained"
+    kind: Literal["prm", "orm"] = "orm"
+
+
 class Revision(Section):
     """A second policy, trained to mend the winner's wrong answers, and the verifier that reads its chains.
 
@@ -532,11 +542,8 @@ class Revision(Section):
     checkpoints: PositiveInt = Field(default=4, description="compared by how well they revise; the best is kept")
     turns: int = Field(default=4, ge=2, description="attempts of the chains by which they are compared")
     compared_problems: PositiveInt = Field(default=300, description="fit problems on which they are compared")
-    verifier: NoVerifier | TrainedVerifier = Field(
-        default=TrainedVerifier(type="trained", kind="orm"),
-        discriminator="type",
-        description="scores the answers of chains, with the attempts before them",
-    )
+    verified: bool = Field(default=True, description="train a verifier of the chains, too")
+    verifier: ChainVerifier = ChainVerifier()
 
 
 class Difficulty(Section):
