@@ -1,363 +1,44 @@
-"""Published verifier formats against reference implementations written as their model cards use them.
-
-Tiny random models of the same architectures, tokenizers trained here on a few sentences, saved with the published
-names of weights. The references run one candidate at a time, whole vocabularies and all.
-"""
+"""Public verifiers against references written as their model cards use them; and what they read of an answer."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import nn
 
-from configs.schema import PretrainedVerifier
-from search.types import Problem, Scored, ScoreRequest
-from search.verifiers.pretrained import Pretrained, load_pretrained
-
-DELIMITER = "\n\n"
-ANSWERS = [
-    ("What is 12 + 30 - 4?", "First, 12 + 30 = 42.\n\nThen 42 - 4 = 38.\n\nThe answer is 38."),
-    ("What is 12 + 30 - 4?", "12 + 30 = 41, so\nthe rest is 37."),
-    ("What is 12 + 30 - 4?", "First, 12 + 30 = 42.\n\n"),
-    (
-        "A duck lays 16 eggs a day. How many in three weeks?",
-        "Three weeks are 21 days.\n\n16 \u00d7 21 = 336.\n\nDone: 336",
-    ),
-    ("Why?", "Because.\n\n- so it is +\n\n  indented \n\n(end)"),
-]
-CORPUS = [text for pair in ANSWERS for text in pair] * 3 + ["system user assistant answer step label"] * 5
-CONFIG: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,  # scores far apart
-    "tie_word_embeddings": False,
-}
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from configs.load import load as load_config
+from search.types import Scored, ScoreRequest
+from search.verifiers import load_verifier
+from search.verifiers.formats import layout_of
+from tests.verifier_checkpoints import (
+    CONFIG,
+    DELIMITER,
+    FORMATS,
+    byte_level,
+    llama_tokenizer,
+    load,
+    mistral_tokenizer,
+    qwen_tokenizer,
+    request,
+    requests,
+    save_qwen_prm,
+    save_rlhflow,
+    save_token_classifier,
+    saved,
+    settings_of,
 )
-LLAMA3 = (
-    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<|start_header_id|>system<|end_header_id|>\n\n"
-    "Today is a day.<|eot_id|>{% endif %}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
-    "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-
-
-def request(question: str, *steps: str) -> ScoreRequest:
-    return ScoreRequest(Problem(question, question), steps)
-
-
-def requests() -> list[ScoreRequest]:
-    """Of different lengths; the second last step of the third has its delimiter, and nothing follows it."""
-    made: list[ScoreRequest] = []
-    for question, text in ANSWERS:
-        *pieces, last = text.split(DELIMITER)
-        made.append(request(question, *(piece + DELIMITER for piece in pieces), *([last] if last else [])))
-    return made
-
-
-def plain(one: ScoreRequest) -> tuple[str, list[str]]:
-    """Question and steps as the snippets of the model cards have them: split at the delimiter."""
-    return one.problem.question, [step.strip() for step in one.steps]
-
-
-# ---------------------------------------------------------------- tokenizers and models
-
-
-def wrapped(tokenizer: Tokenizer, **special: Any) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **special)
-
-
-def byte_level(specials: Sequence[str], **wrapping: Any) -> Any:
-    """As Qwen's and Llama 3's: byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return wrapped(tokenizer, **wrapping)
-
-
-def qwen_tokenizer(**more: Any) -> Any:
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<extra_0>"]
-    return byte_level(
-        specials,
-        **{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML}
-        | {"additional_special_tokens": ["<|im_start|>", "<extra_0>"]}
-        | more,
-    )
-
-
-def llama_tokenizer() -> Any:
-    specials = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    tokenizer = byte_level(
-        specials, bos_token=specials[0], eos_token=specials[3], additional_special_tokens=specials[1:3]
-    )
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
-    )
-    tokenizer.chat_template = LLAMA3
-    return tokenizer
-
-
-def mistral_tokenizer(*, corpus: Sequence[str] = ("What is it? \u043a\u0438 + -",)) -> Any:
-    """As Llama 2's: a sentence piece that spaces are written into, BOS before all."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # for the training alone
-    tokenizer.train_from_iterator([*CORPUS, *list(corpus) * 20], trainer)
-    tokenizer.pre_tokenizer = None
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return wrapped(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def saved(tokenizer: Any, folder: Path) -> Any:
-    """As whoever loads the folder gets it: some architectures have tokenizers with rules of their own."""
-    from transformers import AutoTokenizer
-
-    tokenizer.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-class QwenPrm(nn.Module):
-    """What the checkpoint's own code makes of its weights."""
-
-    def __init__(self, config: Any):
-        from transformers import Qwen2Model
-
-        super().__init__()
-        self.model = Qwen2Model(config)
-        self.score = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.score(self.model(ids).last_hidden_state)
-
-
-class ValueModel(nn.Module):
-    """A language model in a wrapper with a value head."""
-
-    def __init__(self, config: Any):
-        from transformers import Qwen2ForCausalLM
-
-        super().__init__()
-        self.pretrained_model = Qwen2ForCausalLM(config)
-        self.v_head = nn.ModuleDict({"summary": nn.Linear(32, 1)})
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        states = self.pretrained_model(ids, output_hidden_states=True).hidden_states[-1]
-        return self.v_head["summary"](states).squeeze(-1)
-
-
-def save_raw(folder: Path, weights: dict[str, torch.Tensor], config: Any, **changes: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config.to_dict() | changes))
-
-
-def save_qwen_prm(folder: Path) -> Callable[[ScoreRequest], list[float]]:
-    from transformers import Qwen2Config
-
-    tokenizer = qwen_tokenizer()
-    config = Qwen2Config(vocab_size=len(tokenizer), **CONFIG)
-    model = QwenPrm(config).eval()
-    save_raw(
-        folder,
-        model.state_dict(),
-        config,
-        architectures=["Qwen2ForProcessRewardModel"],
-        auto_map={"AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel"},
-    )
-    tokenizer = saved(tokenizer, folder)
-
-    def reference(one: ScoreRequest) -> list[float]:
-        question, steps = plain(one)
-        messages = [
-            {"role": "system", "content": "Please reason step by step, and put your final answer within \\boxed{}."},
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": "<extra_0>".join(steps) + "<extra_0>"},
-        ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        ids = tokenizer.encode(text, return_tensors="pt")
-        masks = ids == tokenizer.encode("<extra_0>")[0]
-        return F.softmax(model(ids), dim=-1)[0][masks[0]][:, 1].tolist()
-
-    return reference
-
-
-def save_math_shepherd(folder: Path) -> Callable[[ScoreRequest], list[float]]:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    tokenizer = mistral_tokenizer()
-    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **CONFIG)).eval()
-    model.save_pretrained(folder)
-    tokenizer = saved(tokenizer, folder)
-    candidates = tokenizer.encode("+ -")[1:]
-    step_tag = tokenizer.encode("\u043a\u0438")[-1]
-    assert len(candidates) == 2
-
-    def reference(one: ScoreRequest) -> list[float]:
-        question, steps = plain(one)
-        output = "\n".join(f"{step} \u043a\u0438" for step in steps)
-        ids = torch.tensor([tokenizer.encode(f"{question} {output}")])
-        scores = model(ids).logits[:, :, candidates].softmax(dim=-1)[:, :, 0]
-        return scores[ids == step_tag].tolist()
-
-    return reference
-
-
-def save_rlhflow(folder: Path) -> Callable[[ScoreRequest], list[float]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = llama_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **CONFIG)).eval()
-    model.save_pretrained(folder)
-    tokenizer = saved(tokenizer, folder)
-    candidates = [tokenizer.encode("+")[-1], tokenizer.encode("-")[-1]]
-
-    def reference(one: ScoreRequest) -> list[float]:
-        question, steps = plain(one)
-        conversation, scores = [], []
-        for k, step in enumerate(steps):
-            conversation.append({"role": "user", "content": f"{question} {step}" if k == 0 else step})
-            conversation.append({"role": "assistant", "content": "+"})
-            ids = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=False)
-            scores.append(model(ids).logits[0, -3, candidates].softmax(dim=-1)[0].item())
-        return scores
-
-    return reference
-
-
-def save_skywork(folder: Path, *, prefix: str = "", model_type: str = "qwen2") -> Callable[[ScoreRequest], list[float]]:
-    from transformers import Qwen2Config
-
-    tokenizer = qwen_tokenizer(bos_token="<|endoftext|>", chat_template=None)
-    config = Qwen2Config(vocab_size=len(tokenizer), **CONFIG)
-    model = ValueModel(config).eval()
-    weights = {f"{prefix}{name}": value for name, value in model.pretrained_model.state_dict().items()}
-    weights |= {f"v_head.{name}": value for name, value in model.v_head.state_dict().items()}
-    save_raw(folder, weights, config, architectures=["Qwen2ForPrmModel"], model_type=model_type)
-    tokenizer = saved(tokenizer, folder)
-
-    def reference(one: ScoreRequest) -> list[float]:
-        problem, steps = plain(one)
-        ids = tokenizer.encode(tokenizer.bos_token + problem + "\n")
-        flags = [0] * len(ids)
-        for step in steps:
-            step_ids = [*tokenizer.encode(step), tokenizer.encode("\n")[-1]]
-            ids += step_ids
-            flags += [0] * (len(step_ids) - 1) + [1]
-        return model(torch.tensor([ids])).sigmoid()[0][torch.tensor(flags) == 1].tolist()
-
-    return reference
-
-
-def save_token_classifier(
-    folder: Path, *, labels: Sequence[str] = ("wrong", "right"), separator: str = "\n", right: int = 1
-) -> Callable[[ScoreRequest], list[float]]:
-    from transformers import Qwen2Config, Qwen2ForTokenClassification
-
-    tokenizer = qwen_tokenizer(chat_template=None)
-    names = dict(enumerate(labels))
-    config = Qwen2Config(vocab_size=len(tokenizer), num_labels=len(labels), id2label=names, **CONFIG)
-    model = Qwen2ForTokenClassification(config).eval()
-    nn.init.normal_(model.score.bias)
-    model.save_pretrained(folder)
-    tokenizer = saved(tokenizer, folder)
-
-    def reference(one: ScoreRequest) -> list[float]:
-        question, steps = plain(one)
-        ids, ends = tokenizer(question, add_special_tokens=False)["input_ids"], []
-        for step in steps:
-            ids = ids + tokenizer(step, add_special_tokens=False)["input_ids"]
-            ids = ids + tokenizer.encode(separator, add_special_tokens=False)
-            ends.append(len(ids) - 1)
-        logits = model(torch.tensor([ids])).logits[0, ends]
-        return (logits.softmax(-1)[:, right] if len(labels) == 2 else logits.sigmoid()[:, 0]).tolist()
-
-    return reference
-
-
-def save_sequence_classifier(
-    folder: Path, *, num_labels: int = 1, pad: str | None = "<|endoftext|>"
-) -> Callable[[ScoreRequest], list[float]]:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = qwen_tokenizer()
-    pad_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
-    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=num_labels, pad_token_id=pad_id, **CONFIG)
-    model = LlamaForSequenceClassification(config).eval()
-    model.save_pretrained(folder)
-    tokenizer = saved(tokenizer, folder)
-
-    def reference(one: ScoreRequest) -> list[float]:
-        answer = "".join(one.steps).strip()
-        chat = [{"role": "user", "content": one.problem.question}, {"role": "assistant", "content": answer}]
-        logits = model(tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)).logits[0]
-        return [(logits.softmax(-1)[1] if num_labels == 2 else logits[0].sigmoid()).item()]
-
-    return reference
-
-
-def load(folder: Path, format: str, **settings: Any) -> Pretrained:
-    return load_pretrained(
-        PretrainedVerifier(type="pretrained", path=str(folder), format=format, **settings), DELIMITER
-    )
-
-
-def scores_of(verifier: Pretrained, asked: Sequence[ScoreRequest]) -> list[Scored]:
-    scored = verifier.score(asked)
-    assert all(one.tokens >= one.computed_tokens > 0 for one in scored)
-    return scored
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> Any:
-    with torch.random.fork_rng(), torch.inference_mode(False):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-
-
-# ---------------------------------------------------------------- scores
-
-FORMATS: dict[str, tuple[str, Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
-    "qwen_prm": ("qwen_prm", save_qwen_prm, {}, {}),
-    "math_shepherd": ("math_shepherd", save_math_shepherd, {}, {}),
-    "rlhflow": ("rlhflow", save_rlhflow, {}, {}),
-    "skywork": ("skywork", save_skywork, {}, {}),
-    "skywork in a wrapper": ("skywork", save_skywork, {"prefix": "pretrained_model.", "model_type": "qwen2_rm"}, {}),
-    "tokens": ("token_classifier", save_token_classifier, {}, {}),
-    "tokens named": (
-        "token_classifier",
-        save_token_classifier,
-        {"labels": ("good", "bad"), "right": 0, "separator": "\n\n"},
-        {"positive": "good", "separator": "\n\n"},
-    ),
-    "tokens, one label": ("token_classifier", save_token_classifier, {"labels": ("reward",)}, {}),
-    "sequences": ("sequence_classifier", save_sequence_classifier, {}, {}),
-    "sequences, two labels": ("sequence_classifier", save_sequence_classifier, {"num_labels": 2}, {}),
-    "sequences, no padding": ("sequence_classifier", save_sequence_classifier, {"pad": None}, {}),
-    "sequences that end in padding": ("sequence_classifier", save_sequence_classifier, {"pad": "\u010a"}, {}),
-}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -368,10 +49,188 @@ def test_scores_are_those_of_the_published_snippet(name: str, tmp_path: Path) ->
         expected = [reference(one) for one in requests()]
     for batching in ({}, {"max_batch_rows": 2}, {"batch_tokens": 1}):
         verifier = load(tmp_path, format, **settings, **batching)
-        scored = scores_of(verifier, requests())
+        scored = verifier.score(requests())
+        assert all(one.tokens >= one.computed_tokens > 0 for one in scored)
         for one, found, wanted in zip(requests(), scored, expected, strict=True):
             assert len(found.scores) == (len(one.steps) if verifier.facts.process else 1)
             assert found.scores == pytest.approx(wanted, abs=1e-5)
     assert len({round(score, 3) for wanted in expected for score in wanted}) > 4, (
         "a reference that says always the same"
     )
+
+
+@pytest.mark.parametrize("name", ["qwen_prm", "math_shepherd without a window", "rlhflow", "skywork", "tokens"])
+def test_growing_an_answer_step_by_step_scores_as_at_once_and_runs_only_what_is_new(name: str, tmp_path: Path) -> None:
+    format, save, making, settings = FORMATS[name]
+    save(tmp_path, **making)
+    verifier = load(tmp_path, format, **settings)
+    whole = requests()[4]
+    at_once = verifier.score([whole])[0]
+    verifier.reset()
+    computed = 0
+    for num in range(1, len(whole.steps) + 1):
+        [grown] = verifier.score([ScoreRequest(whole.problem, whole.steps[:num])])
+        assert grown.scores == pytest.approx(at_once.scores[:num], abs=1e-5)
+        computed += grown.computed_tokens
+    assert computed == at_once.tokens
+
+
+def test_load_verifier_knows_the_type(tmp_path: Path) -> None:
+    reference = save_token_classifier(tmp_path, labels=("reward",))
+    keys = ["type=pretrained", f"path={tmp_path}", "format=token_classifier", "aggregation=min"]
+    lines: Any = SimpleNamespace(name="lines", step_delimiter="\n")
+    config = load_config("countdown", [f"verifier.{key}" for key in keys])
+    verifier = load_verifier(config, lines)
+    assert verifier is not None
+    assert verifier.facts.aggregation == "min"
+    assert verifier.facts.process
+    asked = request("3 5 7 > 22", "3+5=8\n", "8+7=15\n")
+    with torch.inference_mode():
+        assert verifier.score([asked])[0].scores == pytest.approx(reference(asked), abs=1e-5)
+
+
+def test_facts_count_what_a_token_passes_through_and_name_what_decides_the_scores(tmp_path: Path) -> None:
+    save_rlhflow(tmp_path)
+    verifier = load(tmp_path, "rlhflow", device="cpu", dtype="float32")
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    assert verifier.facts.flops_parameters == 2 * layer + 32 + 32  # layers, last norm, one row of the output head
+    assert verifier.facts.process
+    assert verifier.facts.fingerprint != load(tmp_path, "rlhflow", positive="5").facts.fingerprint
+
+
+def test_bfloat16_is_as_the_settings_say(tmp_path: Path) -> None:
+    reference = save_qwen_prm(tmp_path)
+    verifier = load(tmp_path, "qwen_prm", dtype="bfloat16")
+    with torch.inference_mode():
+        expected = reference(requests()[0])
+    scores = verifier.score(requests()[:1])[0].scores
+    assert scores == pytest.approx(expected, abs=0.1)
+    assert scores != pytest.approx(expected, abs=1e-5)
+
+
+def test_a_classifier_that_reads_both_ways_is_found_out_and_never_reuses_anything(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForTokenClassification
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    tokenizer = byte_level(["[PAD]"], pad_token="[PAD]")
+    sizes = {name: value for name, value in CONFIG.items() if name in names}
+    model = BertForTokenClassification(BertConfig(vocab_size=len(tokenizer), num_labels=1, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = saved(tokenizer, tmp_path)
+    verifier = load(tmp_path, "token_classifier")
+    short, long = (ScoreRequest(requests()[4].problem, requests()[4].steps[:n]) for n in (1, 3))
+    first = verifier.score([short])[0]
+    assert verifier.score([long])[0].computed_tokens == verifier.score([long])[0].tokens
+    assert verifier.score([long])[0].scores[0] != pytest.approx(first.scores[0], abs=1e-6)
+    encoded = layout_of(settings_of(tmp_path, "token_classifier"), tokenizer, DELIMITER).encode(long)
+    with torch.inference_mode():
+        logits = model(torch.tensor([encoded.ids])).logits[0, list(encoded.ends), 0]
+    for scored in (verifier.score([long, short])[0], verifier.score([short, long])[1]):
+        assert scored.scores == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+
+
+# ---------------------------------------------------------------- steps without text, and answers that have no score
+
+
+def test_an_answer_that_ends_right_after_a_delimiter_has_the_score_of_the_step_before(tmp_path: Path) -> None:
+    question, first = "What is 2 + 3?", "2 + 3 = 5.\n\n"
+    for name in ("qwen_prm", "math_shepherd", "rlhflow", "skywork", "tokens"):
+        format, save, making, settings = FORMATS[name]
+        save(tmp_path / name, **making)
+        verifier = load(tmp_path / name, format, **settings)
+        [one, ended, inner, plain_one] = verifier.score(
+            [
+                request(question, first),
+                request(question, first, ""),
+                request(question, first, "\n\n", "So 5.\n\n", " "),
+                request(question, first, "So 5."),
+            ]
+        )
+        assert ended.scores == pytest.approx((one.scores[0], one.scores[0]), abs=1e-6), name
+        twice = [score for score in plain_one.scores for _ in range(2)]
+        assert inner.scores == pytest.approx(twice, abs=1e-5), name
+
+
+def test_blank_first_steps_are_read_and_answers_without_a_word_have_no_score(tmp_path: Path) -> None:
+    for name in ("qwen_prm", "math_shepherd", "rlhflow", "skywork", "tokens", "sequences"):
+        format, save, making, settings = FORMATS[name]
+        save(tmp_path / name, **making)
+        verifier = load(tmp_path / name, format, **settings)
+        [leading, empty, ended, none, fine] = verifier.score(
+            [
+                request("Why?", "\n\n", "Because.\n\n", "Yes."),
+                request("Why?", ""),
+                request("Why?", "\n\n", " "),
+                request("Why?"),
+                request("Why?", "Because."),
+            ]
+        )
+        assert len(leading.scores) == (3 if verifier.facts.process else 1), name
+        assert all(0 < score < 1 for score in leading.scores), name
+        assert empty == ended == Scored((), unscored="it has no text")
+        assert none == Scored((), unscored="it has no step")
+        assert len(fine.scores) == 1
+        assert fine.unscored is None
+
+
+def test_steps_without_the_delimiter_and_answers_that_are_too_long_have_no_score_and_a_reason(tmp_path: Path) -> None:
+    save_qwen_prm(tmp_path)
+    verifier = load(tmp_path, "qwen_prm")
+    [glued, long, fine] = verifier.score(
+        [request("Why?", "Because.", "So."), request("Why?", "Because " * 1000), request("Why?", "Because.")]
+    )
+    assert glued.scores == long.scores == ()
+    assert "step 1 of 2" in str(glued.unscored)
+    assert "context only 1024" in str(long.unscored)
+    assert fine.unscored is None
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def read_at(tokenizer: Any, layout: Any, one: ScoreRequest) -> list[str]:
+    """The text up to each token at which a score is read."""
+    encoded = layout.encode(one)
+    return [tokenizer.decode(encoded.ids[: end + 1]) for end in encoded.ends]
+
+
+def test_scores_are_read_after_the_tag_and_before_the_plus(tmp_path: Path) -> None:
+    one = request("Is 5 + 5 = 10?", "Yes + no\n\n", "  It is + \n\n")
+    qwen = saved(qwen_tokenizer(), tmp_path / "qwen")
+    first, second = read_at(qwen, layout_of(settings_of("x", "qwen_prm"), qwen, DELIMITER), one)
+    assert first.endswith("assistant\nYes + no<extra_0>")
+    assert second == f"{first}It is +<extra_0>"
+    llama = saved(llama_tokenizer(), tmp_path / "llama")
+    layout = layout_of(settings_of("x", "rlhflow", system="Judge."), llama, DELIMITER)
+    first, second = read_at(llama, layout, one)
+    assert first.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nJudge.<|eot_id|>")
+    assert first.endswith("\n\nIs 5 + 5 = 10? Yes + no<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert second.startswith(f"{first}+<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nIt is +<|eot_id|>")
+    assert second.endswith("assistant<|end_header_id|>\n\n")
+
+
+def test_a_tag_that_the_policy_wrote_is_no_end_of_a_step(tmp_path: Path) -> None:
+    tokenizer = saved(mistral_tokenizer(), tmp_path)
+    layout = layout_of(settings_of("x", "math_shepherd"), tokenizer, DELIMITER)
+    one = request("Why?", "so \u043a\u0438 it is\n\n", "is \u043a\u0438")
+    first, second = read_at(tokenizer, layout, one)
+    assert first.endswith("Why? so \u043a\u0438 it is \u043a\u0438")
+    assert second.endswith("\u043a\u0438\nis \u043a\u0438 \u043a\u0438")
+
+
+def test_every_candidate_of_a_problem_begins_with_the_prompt(tmp_path: Path) -> None:
+    makers = {"qwen_prm": qwen_tokenizer, "rlhflow": llama_tokenizer, "math_shepherd": mistral_tokenizer}
+    makers |= {"token_classifier": qwen_tokenizer, "sequence_classifier": qwen_tokenizer}
+    for format, make in makers.items():
+        tokenizer = saved(make(), tmp_path / format)
+        layout = layout_of(settings_of("x", format), tokenizer, DELIMITER)
+        encoded = [layout.encode(one) for one in requests()[:3]]
+        [num_prompt] = {one.num_prompt for one in encoded}
+        assert num_prompt > 5
+        assert len({one.ids[:num_prompt] for one in encoded}) == 1, format
+        assert "30 - 4" in tokenizer.decode(encoded[0].ids[:num_prompt])
+
+
+def test_layouts_need_no_torch() -> None:
+    code = "import sys, search.verifiers.formats; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

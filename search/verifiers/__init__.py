@@ -38,6 +38,10 @@ def load_verifier(
         from search.verifiers.pretrained import load_pretrained
 
         return load_pretrained(task, settings)
+    if settings.type == "trained" and trained is not None:
+        from search.verifiers.trained import Trained
+
+        return Trained(task, trained, settings, config.model)
     return None
 
 

@@ -181,6 +181,8 @@ def check_settings(settings: PretrainedVerifier) -> None:
     }
     if extra := [name for name, known in has.items() if not known and getattr(settings, name) is not None]:
         raise ConfigError(f"verifier.format = '{settings.format}' has no {' and no '.join(extra)}: leave it out")
+    if settings.format == "ratchet" and settings.aggregation != "last":
+        raise ConfigError("verifier.aggregation: a verifier of format 'ratchet' brings the one it was validated with")
     if settings.separator is not None and not settings.separator:
         raise ConfigError("verifier.separator is empty: give the text that ends a step, or leave it out")
 

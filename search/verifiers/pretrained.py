@@ -8,6 +8,7 @@ their weights, so those checkpoints need no `trust_remote_code`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from configs.schema import PretrainedVerifier
+from configs.schema import Model, PretrainedVerifier
 from search.engines.loading import (
     check_weights,
     fingerprint,
@@ -29,11 +30,12 @@ from search.engines.loading import (
     max_length,
 )
 from search.errors import ConfigError, ModelError
-from search.types import Scored, ScoreRequest, VerifierFacts
+from search.types import Scored, ScoreRequest, Task, Verifier, VerifierFacts
 from search.verifiers.formats import check_settings, label_ids, layout_of
 from search.verifiers.heads import StateHead, calibrated
-from search.verifiers.layout import Layout
+from search.verifiers.layout import Encoded, Layout
 from search.verifiers.states import StateScorer
+from search.verifiers.trained import Trained, unreadable
 
 VALUE_HEAD = "v_head.summary."
 WRAPPED = "pretrained_model"  # what a value-head wrapper may put before the names of the model inside
@@ -49,7 +51,7 @@ class Parts:
 
 
 class Pretrained:
-    """Implements search.types.Verifier for every format but our own."""
+    """Implements search.types.Verifier for every format but our own. `delimiter`: of the task's steps."""
 
     def __init__(self, layout: Layout, scorer: StateScorer, facts: VerifierFacts, delimiter: str) -> None:
         self.facts = facts
@@ -58,25 +60,35 @@ class Pretrained:
         self._delimiter = delimiter
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
-        """A score a step, or one an answer. A request that the format cannot express has none: its problem fails."""
-        inputs = [self._layout.encode(request) for request in requests]
-        usable = [i for i, one in enumerate(inputs) if one.ends]
-        going_on = [self.facts.process and requests[i].steps[-1].endswith(self._delimiter) for i in usable]
-        scored = iter(self._scorer.score([inputs[i] for i in usable], going_on))
-        return [next(scored) if one.ends else Scored(()) for one in inputs]
+        """A score a step, or one an answer. One that cannot be read is `unscored`, with the reason."""
+        results: dict[int, Scored] = {}
+        inputs: dict[int, Encoded] = {}
+        for i, request in enumerate(requests):
+            if why := unreadable(request, self._delimiter) or _blank(request, self._delimiter):
+                results[i] = Scored((), unscored=why)
+            elif (one := self._layout.encode(request)).ends:
+                inputs[i] = one
+            else:
+                results[i] = Scored((), unscored="the verifier's tokenizer merges the end of a step with what follows")
+        going_on = [self.facts.process and self._delimiter in requests[i].steps[-1] for i in inputs]
+        results |= zip(inputs, self._scorer.score(list(inputs.values()), going_on), strict=True)
+        return [results[i] for i in range(len(requests))]
 
     def reset(self) -> None:
         """Forget what earlier calls computed."""
         self._scorer.reset()
 
 
-def load_pretrained(settings: PretrainedVerifier, delimiter: str) -> Pretrained:
-    """The verifier on its device. `delimiter`: of the task's steps. Raises ConfigError, ModelError."""
+def load_pretrained(task: Task, settings: PretrainedVerifier) -> Verifier:
+    """The verifier on its device. Raises ConfigError, ModelError."""
     check_settings(settings)
+    if settings.format == "ratchet":
+        model = Model(base=settings.path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+        return Trained(task, locate(settings.path, settings.revision), settings, model)
     folder = locate(settings.path, settings.revision)
     check_weights(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
-    layout_of(settings, tokenizer, delimiter)  # refuse what cannot be used before its weights are in memory
+    layout_of(settings, tokenizer, task.step_delimiter)  # refuse what cannot be used before its weights are in memory
     with _quiet():
         parts = take_apart(settings, folder, tokenizer)
     _check_vocabulary(settings, parts.decoder, tokenizer)
@@ -93,12 +105,13 @@ def load_pretrained(settings: PretrainedVerifier, delimiter: str) -> Pretrained:
         causal=_is_causal(decoder),
     )
     facts = VerifierFacts(
-        fingerprint=fingerprint(folder),
+        fingerprint=_fingerprint(settings, folder),
         flops_parameters=_size(decoder) - decoder.get_input_embeddings().weight.numel() + _size(logit),
         process=settings.format != "sequence_classifier",
         aggregation=settings.aggregation,
     )
-    return Pretrained(layout_of(settings, tokenizer, delimiter, pad_id=parts.pad_id), scorer, facts, delimiter)
+    layout = layout_of(settings, tokenizer, task.step_delimiter, pad_id=parts.pad_id)
+    return Pretrained(layout, scorer, facts, task.step_delimiter)
 
 
 def take_apart(settings: PretrainedVerifier, folder: Path, tokenizer: Any) -> Parts:
@@ -271,9 +284,9 @@ def _difference(rows: torch.Tensor, right: int, wrong: int) -> torch.Tensor:
 def _check_vocabulary(settings: PretrainedVerifier, decoder: Any, tokenizer: Any) -> None:
     """Raises ModelError where the tokenizer writes tokens that the model does not have; padding is never run."""
     rows = decoder.get_input_embeddings().weight.shape[0]
-    beyond = {name: number for name, number in tokenizer.get_vocab().items() if number >= rows}
-    if extra := [name for name, number in beyond.items() if number != tokenizer.pad_token_id]:
-        raise _unfit(settings, f"its tokenizer has tokens that its model of {rows} has not: {_some(extra)}")
+    beyond = sorted((number, name) for name, number in tokenizer.get_vocab().items() if number >= rows)
+    if extra := [name for number, name in beyond if number != tokenizer.pad_token_id]:
+        raise _unfit(settings, f"its tokenizer has tokens beyond the {rows} of its model: {_some(extra)}")
 
 
 @torch.inference_mode()
@@ -296,6 +309,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def _fingerprint(settings: PretrainedVerifier, folder: Path) -> str:
+    """Of everything that decides the scores."""
+    said = settings.model_dump(mode="json", include={"format", "separator", "positive", "negative", "system"})
+    return hashlib.sha256((json.dumps(said, sort_keys=True) + fingerprint(folder)).encode()).hexdigest()[:16]
+
+
+def _blank(request: ScoreRequest, delimiter: str) -> str | None:
+    """Why an answer that ended without a word has no score; None: it has words, or may yet."""
+    if delimiter not in request.steps[-1] and not "".join(request.steps).replace(delimiter, "").strip():
+        return "it has no text"
+    return None
 
 
 def _size(module: nn.Module) -> int:
