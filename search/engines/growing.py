@@ -95,22 +95,30 @@ class Writing:
         self._store = store
         self._cache = cache
         self._tokens: tuple[list[int], list[int], list[int]] = ([], [], [])  # rows, columns, slots
-        self._prefixes: dict[tuple[int, ...], np.ndarray] = {}
+        self._prefixes: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
 
     def __contains__(self, prefix: tuple[int, ...]) -> bool:
         return prefix in self._prefixes
 
+    def name(self, prefix: tuple[int, ...], slots: np.ndarray, note: Any = None) -> None:
+        """A prefix that lies in `slots`, written or being written; `note`: what else is known of it."""
+        self._prefixes[prefix] = (slots, note)
+
     def add(self, row: int, first_column: int, fresh: np.ndarray, prefix: tuple[int, ...], slots: np.ndarray) -> None:
         """The tokens of a row from a column on go into `fresh` slots; the prefix lies in `slots`."""
+        self.copy(row, first_column, fresh)
+        self.name(prefix, slots)
+
+    def copy(self, row: int, first_column: int, fresh: np.ndarray) -> None:
+        """The tokens of a row from a column on go into `fresh` slots."""
         rows, columns, written = self._tokens
         rows += [row] * len(fresh)
         columns += range(first_column, first_column + len(fresh))
         written += fresh.tolist()
-        self._prefixes[prefix] = slots
 
     def finish(self) -> None:
         layers: Any = self._cache.layers
         if self._tokens[0]:
             self._store.write([(layer.keys, layer.values) for layer in layers], *self._tokens)
-        for prefix, slots in self._prefixes.items():
-            self._store.keep(prefix, slots)
+        for prefix, (slots, note) in self._prefixes.items():
+            self._store.keep(prefix, slots, note)

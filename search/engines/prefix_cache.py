@@ -1,4 +1,4 @@
-"""Keys and values of the prefixes that a search may go on from, kept between the calls of an engine.
+"""Keys and values of the prefixes that a search may go on from, kept between the calls of an engine or a verifier.
 
 Each token's keys and values fill one slot of a pool; a prefix is a list of slots, and prefixes with a common beginning
 share its slots, so the forks of a tree cost their own tokens only. What was used longest ago is forgotten first, but
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,19 @@ Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer: keys and 
 NONE = np.zeros(0, dtype=np.int64)
 
 
+class _Kept(NamedTuple):
+    slots: np.ndarray
+    call: int  # of its last use
+    note: Any
+
+
 class PrefixCache:
     """Slots of `capacity` tokens. A slot is free when no kept prefix and no lease holds it."""
 
     def __init__(self, capacity: int) -> None:
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: [capacity, heads, width]
         self._resize(capacity)
-        self._kept: OrderedDict[tuple[int, ...], tuple[np.ndarray, int]] = OrderedDict()  # slots, call of last use
+        self._kept: OrderedDict[tuple[int, ...], _Kept] = OrderedDict()  # what was used longest ago comes first
         self._lengths = Counter[int]()
         self._leases: list[np.ndarray] = []
         self._call = 0
@@ -85,11 +92,10 @@ class PrefixCache:
         """Slots for `num` new tokens, to be kept at once; None where the call in progress needs all there are."""
         while len(self._free) < num:
             oldest = next(iter(self._kept), None)
-            if oldest is None or self._kept[oldest][1] == self._call:
+            if oldest is None or self._kept[oldest].call == self._call:
                 return None
-            slots, _ = self._kept.pop(oldest)
             self._lengths[len(oldest)] -= 1
-            self._let_go(slots)
+            self._let_go(self._kept.pop(oldest).slots)
         cut = len(self._free) - num
         slots = np.array(self._free[cut:], dtype=np.int64)
         del self._free[cut:]
@@ -100,16 +106,25 @@ class PrefixCache:
 
     def slots(self, prefix: tuple[int, ...]) -> np.ndarray:
         """Of a prefix that is kept; it stays so until the end of the call."""
-        slots, _ = self._kept[prefix]
-        self._kept[prefix] = (slots, self._call)
+        kept = self._kept[prefix] = self._kept[prefix]._replace(call=self._call)
         self._kept.move_to_end(prefix)
-        return slots
+        return kept.slots
 
-    def keep(self, prefix: tuple[int, ...], slots: np.ndarray) -> None:
+    def note(self, prefix: tuple[int, ...]) -> Any:
+        """What was noted of a prefix that is kept."""
+        return self._kept[prefix].note
+
+    def keep(self, prefix: tuple[int, ...], slots: np.ndarray, note: Any = None) -> None:
+        """`note`: what else is known of the prefix, forgotten with it."""
         assert prefix not in self._kept, "kept twice"
         self._holders[slots] += 1
-        self._kept[prefix] = (slots, self._call)
+        self._kept[prefix] = _Kept(slots, self._call, note)
         self._lengths[len(prefix)] += 1
+
+    def release(self, prefix: tuple[int, ...]) -> None:
+        """The call in progress needs it no more: where room is needed it goes first."""
+        self._kept[prefix] = self._kept[prefix]._replace(call=self._call - 1)
+        self._kept.move_to_end(prefix, last=False)
 
     def _let_go(self, slots: np.ndarray) -> None:
         self._holders[slots] -= 1
