@@ -24,7 +24,7 @@ from search.types import Problem, Task
 def select(context: Context, inputs: Inputs, out: Path) -> None:
     """Training rows from the results of all rounds; in a control round, rows to compare with."""
     config, task = context.config, load_task(context.config)
-    held_out = _held_out(config, task, inputs["problems"])
+    held_out = is_held_out(config, task, inputs["problems"])
     if context.control == "bootstrap":
         chosen = _more_bootstrap(context, inputs, task)
     elif context.control == "random":
@@ -89,7 +89,7 @@ def _selection_of(folder: Path) -> selection.Selection:
     return selection.Selection(tuple(selection.read_rows(folder / "rows.jsonl")), {}, 0, 0, 0)
 
 
-def _held_out(config: Config, task: Task, sets: Path) -> Callable[[str], bool]:
+def is_held_out(config: Config, task: Task, sets: Path) -> Callable[[str], bool]:
     """Does this problem belong to a held-out split? Generated tasks decide by the key alone."""
     keys = held_out_keys(sets)
     if not task.generated:
