@@ -85,6 +85,10 @@ def load_pretrained(task: Task, settings: PretrainedVerifier) -> Verifier:
     if settings.format == "ratchet":
         model = Model(base=settings.path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
         return Trained(task, locate(settings.path, settings.revision), settings, model)
+    if settings.runtime != "transformers":
+        raise ConfigError(
+            f"verifier.runtime = '{settings.runtime}' does not run format '{settings.format}': set it to 'transformers'"
+        )
     folder = locate(settings.path, settings.revision)
     check_weights(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
