@@ -110,7 +110,7 @@ def test_without_gpus_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_vllm_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    from search.engines.vllm import ENVIRONMENT
+    from search.engines.vllm_start import ENVIRONMENT
 
     for name in [*ENVIRONMENT, "CUDA_VISIBLE_DEVICES"]:  # put back afterwards
         monkeypatch.setenv(name, "")

