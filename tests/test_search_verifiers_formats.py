@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from configs.load import load as load_config
+from configs.schema import Model
 from search.types import Scored, ScoreRequest
 from search.verifiers import load_verifier
+from search.verifiers.card import Card
 from search.verifiers.formats import layout_of
+from search.verifiers.pretrained import load_pretrained
+from search.verifiers.trained import Trained
 from tests.verifier_checkpoints import (
     CONFIG,
     DELIMITER,
@@ -87,6 +91,18 @@ def test_load_verifier_knows_the_type(tmp_path: Path) -> None:
     asked = request("3 5 7 > 22", "3+5=8\n", "8+7=15\n")
     with torch.inference_mode():
         assert verifier.score([asked])[0].scores == pytest.approx(reference(asked), abs=1e-5)
+
+
+def test_a_folder_that_a_round_trained_is_a_format_too(tmp_path: Path) -> None:
+    save_token_classifier(tmp_path / "model", labels=("reward",))
+    Card("prm", "scalar", "prod", DELIMITER, policy="0" * 16).save(tmp_path)
+    task: Any = SimpleNamespace(name="sums", step_delimiter=DELIMITER, prompt=lambda problem: problem.question)
+    verifier = load_pretrained(task, settings_of(tmp_path, "ratchet"))
+    assert verifier.facts.aggregation == "prod"  # of its card
+    trained = Trained(task, tmp_path, settings_of(tmp_path, "ratchet"), Model())
+    asked = requests()
+    assert [one.scores for one in verifier.score(asked)] == [one.scores for one in trained.score(asked)]
+    assert len(verifier.score(asked)[0].scores) == 3
 
 
 def test_facts_count_what_a_token_passes_through_and_name_what_decides_the_scores(tmp_path: Path) -> None:
