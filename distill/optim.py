@@ -92,12 +92,13 @@ def build_optimizer(
 
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable 2-D weights that are neither an embedding nor the output head."""
+    """Trainable 2-D weights that are neither an embedding nor the output head, nor a single row (a head's)."""
     ends = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         ends |= {id(p) for p in output.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in ends]
+    wide = (p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p.shape[0] > 1)
+    return [p for p in wide if id(p) not in ends]
 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

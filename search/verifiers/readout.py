@@ -79,7 +79,10 @@ def flat_logprobs(output: Any, before_NH: torch.Tensor, ids_N: torch.Tensor) -> 
     return torch.cat(parts) if parts else before_NH.new_zeros(0, dtype=torch.float32)
 
 
-def last_states(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """The states [B, T, H] that the output head reads, of a right-padded batch, without the head's logits."""
+def last_states(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    """The states [B, T, H] that the output head reads, of a right-padded batch, without the head's logits.
+
+    A causal model's states do not depend on what follows, so right padding needs no mask; without, it runs faster.
+    """
     backbone = model.get_base_model() if hasattr(model, "get_base_model") else model
     return backbone.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state

@@ -1,0 +1,194 @@
+"""What a verifier's training reads: examples as token ids with the places of their steps, split by question.
+
+A label belongs to a step's last token. An example with an outcome, and an outcome verifier's, has one target for the
+whole answer. Left out: several turns in one row (attempts belong to the prompt, see search.verifiers.layout).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import TrainedVerifier
+from distill.labels import StepExample
+from search.errors import DataError, TrainingError
+from search.randomness import key64
+from search.types import ScoreRequest, Task
+from search.verifiers.layout import OwnLayout
+
+IGNORED = -100.0  # the target of what the loss leaves out; the trainer counts the others
+MIN_QUESTIONS = 2  # on either side of the split
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. `targets` has one entry a step and, last, the outcome of the whole answer."""
+
+    key: str
+    ids: array[int]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    targets: tuple[float, ...]
+    weight: float
+    right: float | None  # whether the answer is right, where it is finished and its label says so
+
+    @property
+    def num_terms(self) -> int:
+        return sum(target != IGNORED for target in self.targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded examples: what is trained on, what is held out, what was dropped and why."""
+
+    train: list[Row]
+    validation: list[Row]
+    dropped_too_long: int
+    dropped_unlabelled: int
+    flipped: int
+    digest: str  # of the examples, in order
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def encode(
+    examples: Iterable[StepExample], settings: TrainedVerifier, task: Task, tokenizer: object, *, history: bool
+) -> Rows:
+    """Encode, turn labels round where `flip_labels` says so, and split by question.
+
+    Of more than `max_examples` the newest rounds are kept. The split depends on the question alone, so that a
+    verifier that is trained on goes on with the same held-out questions.
+    Raises DataError (labels that cannot be used, steps that do not end with the delimiter, too few questions to
+    split), TrainingError (nothing to train on).
+    """
+    kept = sorted(examples, key=lambda example: -example.round)[: settings.max_examples]
+    digest = hashlib.sha256()
+    for example in kept:
+        _check(example)
+        digest.update(json.dumps(example.to_json(), sort_keys=True).encode() + b"\n")
+    if settings.kind == "prm":
+        _check_delimiter(kept, task.step_delimiter)
+    layout = OwnLayout(task, tokenizer, process=settings.kind == "prm", history=history)
+    rows: list[Row] = []
+    unlabelled = flipped = too_long = 0
+    for example in kept:
+        example, num_flipped = _flip(example, settings.flip_labels)
+        flipped += num_flipped
+        row = _row(example, layout, task.step_delimiter, process=settings.kind == "prm")
+        if row.num_terms == 0:
+            unlabelled += 1
+        elif len(row.ids) > settings.max_length:
+            too_long += 1
+        else:
+            rows.append(row)
+    if not rows:
+        raise TrainingError(
+            f"nothing to train a verifier on: of {len(kept)} answers {too_long} are longer than verifier.max_length = "
+            f"{settings.max_length} and {unlabelled} have no label"
+        )
+    train, validation = split(rows, settings.validation)
+    return Rows(train, validation, too_long, unlabelled, flipped, digest.hexdigest())
+
+
+def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows): all rows of a question on one side, by a hash of its key. Raises DataError."""
+    if share == 0:
+        return list(rows), []
+    held_out = [key64("verifier", "validation", row.key) / 2**64 < share for row in rows]
+    train = [row for row, out in zip(rows, held_out, strict=True) if not out]
+    validation = [row for row, out in zip(rows, held_out, strict=True) if out]
+    for name, part in (("trained on", train), ("held out", validation)):
+        if (num := len({row.key for row in part})) < MIN_QUESTIONS:
+            raise DataError(
+                f"{len({row.key for row in rows})} questions are too few to split: verifier.validation = {share:g} "
+                f"leaves {num} {name}, at least {MIN_QUESTIONS} are needed; raise verifier.problems"
+            )
+    return train, validation
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Right-padded ids [B, T], starts and ends [B, S] (0: no step), labels [B, S + 1] and weights [B]."""
+    width, steps = max(len(row.ids) for row in rows), max(len(row.ends) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    starts = torch.zeros(len(rows), steps, dtype=torch.long)
+    ends = torch.zeros(len(rows), steps, dtype=torch.long)
+    labels = torch.full((len(rows), steps + 1), IGNORED)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        starts[i, : len(row.starts)] = torch.tensor(row.starts)
+        ends[i, : len(row.ends)] = torch.tensor(row.ends)
+        labels[i, : len(row.ends)] = torch.tensor(row.targets[:-1])
+        labels[i, -1] = row.targets[-1]
+    weights = torch.tensor([row.weight for row in rows])
+    return {"input_ids": ids, "starts": starts, "ends": ends, "labels": labels, "weights": weights}
+
+
+# ---------------------------------------------------------------- one example
+
+
+def _check(example: StepExample) -> None:
+    where = f"problem '{example.problem.key}', source '{example.source}'"
+    if not example.steps:
+        raise DataError(f"{where}: an answer without any step cannot be trained on")
+    if example.labels and len(example.labels) != len(example.steps):
+        raise DataError(f"{where}: {len(example.labels)} labels for {len(example.steps)} steps")
+    if bad := [label for label in example.labels if label is not None and not 0 <= label <= 1]:  # NaN is none either
+        raise DataError(f"{where}: the label {bad[0]} is not in 0..1")
+    if not 0 < example.weight < float("inf"):
+        raise DataError(f"{where}: the weight {example.weight} is not a positive number")
+
+
+def _check_delimiter(examples: Sequence[StepExample], delimiter: str) -> None:
+    if examples and not any(step.endswith(delimiter) for example in examples for step in example.steps):
+        raise DataError(
+            f"no step of {len(examples)} answers ends with the task's step delimiter {delimiter!r}: a process "
+            "verifier would see whole answers only. Set task.step_delimiter, or verifier.kind = 'orm'"
+        )
+
+
+def _flip(example: StepExample, share: float) -> tuple[StepExample, int]:
+    """Labels turned round, y to 1 - y, decided by the text up to the step. Also how many."""
+    if share == 0:
+        return example, 0
+    place = ("verifier", "flip", example.problem.key, *example.attempts)
+    flips = [key64(*place, "".join(example.steps[: n + 1])) / 2**64 < share for n in range(len(example.steps))]
+    labels = tuple(
+        1 - label if flip and label is not None else label for label, flip in zip(example.labels, flips, strict=False)
+    )
+    outcome = example.outcome if example.outcome is None else example.outcome != flips[-1]
+    num = sum(flip and label is not None for label, flip in zip(example.labels, flips, strict=False))
+    num += example.outcome is not None and flips[-1]
+    return _with(example, labels, outcome), num
+
+
+def _with(example: StepExample, labels: tuple[float | None, ...], outcome: bool | None) -> StepExample:
+    row = example.to_json() | {"labels": list(labels or [None] * len(example.steps)), "outcome": outcome}
+    return StepExample.from_json(row)
+
+
+def _row(example: StepExample, layout: OwnLayout, delimiter: str, *, process: bool) -> Row:
+    encoded = layout.encode(ScoreRequest(example.problem, example.steps, example.attempts))
+    finished = not example.steps[-1].endswith(delimiter)
+    labels = example.labels or (None,) * len(example.steps)
+    last = example.outcome if example.outcome is not None else labels[-1]
+    right = float(last) if finished and last is not None else None
+    if process:
+        steps = [IGNORED if label is None else float(label) for label in labels]
+        outcome = IGNORED if example.outcome is None else float(example.outcome)
+    else:  # one score, one target
+        steps, outcome = [IGNORED if right is None else right], IGNORED
+    return Row(
+        key=example.problem.key,
+        ids=array("l", encoded.ids),
+        starts=encoded.starts,
+        ends=encoded.ends,
+        targets=(*steps, outcome),
+        weight=example.weight,
+        right=right,
+    )
