@@ -25,7 +25,7 @@ from search.randomness import key64, rng
 from search.revision_figures import chains
 from search.types import Candidate, Finish, Grade, Problem, SearchResult
 
-Render = Callable[[Problem, Sequence[str]], "list[int]"]  # the prompt's ids that show these attempts
+Render = Callable[[Problem, Sequence[str]], Sequence[int]]  # the prompt's ids that show these attempts
 FILTERS = ("ungraded", "truncated", "no_answer", "held_out", "solves_held_out", "duplicate", "over_cap")
 WRONG_KEPT = 64  # distinct wrong samples kept of one problem: what the paper draws at most
 
