@@ -50,7 +50,7 @@ def fit(rows: Sequence[Row], logits: Sequence[Sequence[float]], wanted: Wanted, 
     names = SIMPLEST_FIRST if process else SIMPLEST_FIRST[:1]
     raw = _answer_scores(names, padded, there) if answers else {}
     within = {name: auc_within(keys, right > 0.5, scores) for name, scores in raw.items()}
-    found: dict[Aggregation, float] = {name: value for name, value in within.items() if value is not None}
+    found = {name: value for name, value in within.items() if value is not None}
     chosen: Aggregation = "last" if not process else wanted if wanted != "choose" else _best(found)
     scale, shift = 1.0, 0.0
     if enough:
@@ -122,14 +122,17 @@ def _padded(logits: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tens
 
 def _answer_scores(
     names: Sequence[Aggregation], logits: torch.Tensor, there: torch.Tensor
-) -> dict[Aggregation, np.ndarray]:
+) -> dict[str, np.ndarray]:
     return {name: AGGREGATE[name](logits, there).exp().numpy() for name in names}
 
 
-def _best(found: Mapping[Aggregation, float]) -> Aggregation:
+def _best(found: Mapping[str, float]) -> Aggregation:
     """The simplest of those that are about as good as the best; the last step's where nothing is known."""
     best = max(found.values(), default=0.0)
-    return next((name for name in SIMPLEST_FIRST if found.get(name, 0.0) >= best - TIE), "last")
+    for name in SIMPLEST_FIRST:
+        if found.get(name, 0.0) >= best - TIE:
+            return name
+    return SIMPLEST_FIRST[0]
 
 
 def _platt(

@@ -22,7 +22,7 @@ from configs.schema import ArithmeticTask, Lora, Model, Splits, TrainedVerifier
 from distill import checkpoints, lora
 from distill.labels import StepExample, write_examples
 from distill.prm_data import IGNORED, Row, collate, encode, split
-from distill.prm_fit import auc, auc_within, fit
+from distill.prm_fit import Fitted, auc, auc_within, fit
 from distill.prm_model import LUCK, StepScorer, instance_loss, loss_sum, num_terms, step_logits
 from distill.verifier import Report, train
 from search.errors import ConfigError, DataError, ModelError, TrainingError
@@ -82,7 +82,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(num_questions: int, *, outcomes: bool = False) -> list[StepExample]:
-    """Four answers to each of the chains a+b+c; a wrong step, and it alone, comes to 30. Labels are right, wrong or one outcome."""
+    """Four answers to each of the chains a+b+c. A wrong step comes to 30. One label a step, or one outcome."""
     draw = random.Random(0)
     made: list[StepExample] = []
     for _ in range(num_questions):
@@ -342,34 +342,38 @@ def judged(logits: list[float], right: float, key: str) -> tuple[Row, list[float
     return replace(row((IGNORED,) * len(logits), key=key), right=right), logits
 
 
+def fitted(made: list[tuple[Row, list[float]]], wanted: Any, *, process: bool) -> Fitted:
+    return fit([row for row, _ in made], [logits for _, logits in made], wanted, process=process)
+
+
 def test_the_aggregation_is_chosen_where_it_tells_and_ties_go_to_the_simplest() -> None:
     draw = random.Random(2)
-    by_any, by_last = list[Any](), list[Any]()
+    by_any, by_last = list[tuple[Row, list[float]]](), list[tuple[Row, list[float]]]()
     for n in range(300):
         steps = [draw.random() < 0.7 for _ in range(4)]
         logits = [draw.gauss(2 if ok else -2, 0.5) for ok in steps]
         by_any.append(judged(logits, float(all(steps)), str(n % 30)))
         by_last.append(judged(logits, float(steps[-1]), str(n % 30)))
-    wrong_anywhere = fit(*zip(*by_any, strict=True), "choose", process=True)
+    wrong_anywhere = fitted(by_any, "choose", process=True)
     assert wrong_anywhere.aggregation == "min"
     assert wrong_anywhere.answer_auc_within["min"] > 0.95 > 0.8 > wrong_anywhere.answer_auc_within["last"]
-    assert fit(*zip(*by_last, strict=True), "choose", process=True).aggregation == "last"
-    assert fit(*zip(*by_any, strict=True), "mean", process=True).aggregation == "mean"
-    assert fit(*zip(*by_any, strict=True), "prod", process=False).aggregation == "last", "one score has nothing to join"
+    assert fitted(by_last, "choose", process=True).aggregation == "last"
+    assert fitted(by_any, "mean", process=True).aggregation == "mean"
+    assert fitted(by_any, "prod", process=False).aggregation == "last", "one score has nothing to join"
 
 
 def test_the_calibration_makes_the_answers_score_a_probability() -> None:
     draw = random.Random(3)
-    made = list[Any]()
+    made = list[tuple[Row, list[float]]]()
     for n in range(4000):
         logits = [draw.gauss(1, 1.5) for _ in range(2)]
         chance = math.prod(sigmoid(0.5 * z + 0.8) for z in logits)
         made.append(judged(logits, float(draw.random() < chance), str(n % 100)))
-    fitted = fit(*zip(*made, strict=True), "prod", process=True)
-    assert fitted.scale == pytest.approx(0.5, abs=0.1)
-    assert fitted.shift == pytest.approx(0.8, abs=0.15)
+    found = fitted(made, "prod", process=True)
+    assert found.scale == pytest.approx(0.5, abs=0.1)
+    assert found.shift == pytest.approx(0.8, abs=0.15)
     separable = [judged([z], float(z > 0), str(n % 5)) for n, z in enumerate([-3.0, 3.0] * 30)]
-    assert fit(*zip(*separable, strict=True), "choose", process=True).scale < 20, "no calibration runs away"
+    assert fitted(separable, "choose", process=True).scale < 20, "no calibration runs away"
 
 
 def test_without_answers_nothing_is_fitted() -> None:
@@ -499,7 +503,7 @@ def test_a_policys_adapter_becomes_a_scalar_verifiers(base: Path, tmp_path: Path
         AutoModelForCausalLM.from_pretrained(base),
         LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False),
     )
-    policy.save_pretrained(tmp_path / "policy")
+    policy.save_pretrained(str(tmp_path / "policy"))
     build_tokenizer().save_pretrained(tmp_path / "policy")
     scorer, _ = StepScorer.load(tmp_path / "policy", base, SCALAR_LORA, Model(), "cpu")
     ids = torch.tensor([[12, 13, 14]])
