@@ -74,7 +74,6 @@ def test_texts_that_are_no_tokens_or_labels_are_refused(
         ("qwen_prm", {"positive": "+"}, "has no positive"),
         ("skywork", {"system": "Judge."}, "has no system"),
         ("token_classifier", {"separator": ""}, "separator is empty"),
-        ("rlhflow", {"runtime": "vllm"}, "set it to 'transformers'"),
         ("ratchet", {"aggregation": "min"}, "brings the one"),
         ("ratchet", {"system": "Judge."}, "has no system"),
     ],

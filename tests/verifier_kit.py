@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,19 @@ class Sums:
 
 
 def save_verifier(
-    folder: Path, readout: str = "generative", kind: str = "prm", *, family: str = "llama", seed: int = 0, **card: Any
+    folder: Path,
+    readout: str = "generative",
+    kind: str = "prm",
+    *,
+    family: str = "llama",
+    seed: int = 0,
+    shape: Mapping[str, Any] | None = None,
+    **card: Any,
 ) -> Path:
     """A folder as training writes it. The weights are large, so that every token matters."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(family, tokens=len(tokenizer), classifier=readout == "scalar")
+    model = build_model(family, tokens=len(tokenizer), classifier=readout == "scalar", **(shape or {}))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 5

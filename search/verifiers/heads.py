@@ -40,15 +40,24 @@ class StateHead:
 
     reads_tokens = False
 
-    def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor], squash: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, logits: nn.Module, squash: Callable[[torch.Tensor], torch.Tensor]):
         self._logits = logits
-        self._squash = squash
+        self._dtype = next(logits.parameters()).dtype
+        self.squash = squash
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The whole head up to `squash`, where it is one layer: a runtime may compute that with its decoder."""
+        return self._logits if isinstance(self._logits, nn.Linear) else None
+
+    def to(self, device: torch.device) -> None:
+        self._logits.to(device)
 
     def terms(self, before_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a state head reads no tokens")
 
     def __call__(self, ends_KH: torch.Tensor, sums_K: torch.Tensor, counts_K: torch.Tensor) -> torch.Tensor:
-        return self._squash(self._logits(ends_KH).float())
+        return self.squash(self._logits(ends_KH.to(self._dtype)).float())
 
 
 class GenerativeHead:
@@ -61,6 +70,10 @@ class GenerativeHead:
         self._readout = readout
         self._output = output
         self._squash = calibrated(scale, shift)
+
+    def to(self, device: torch.device) -> None:
+        self._readout.to(device)
+        self._output.to(device)
 
     def terms(self, before_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         logprobs_N = flat_logprobs(self._output, before_NH, ids_N)

@@ -34,7 +34,7 @@ from search.types import Scored, ScoreRequest, Task, Verifier, VerifierFacts
 from search.verifiers.formats import check_settings, label_ids, layout_of
 from search.verifiers.heads import StateHead, calibrated
 from search.verifiers.layout import Encoded, Layout
-from search.verifiers.states import StateScorer
+from search.verifiers.runtimes import Scorer, loading_device, start_scorer
 from search.verifiers.trained import Trained, unreadable
 
 VALUE_HEAD = "v_head.summary."
@@ -53,7 +53,7 @@ class Parts:
 class Pretrained:
     """Implements search.types.Verifier for every format but our own. `delimiter`: of the task's steps."""
 
-    def __init__(self, layout: Layout, scorer: StateScorer, facts: VerifierFacts, delimiter: str) -> None:
+    def __init__(self, layout: Layout, scorer: Scorer, facts: VerifierFacts, delimiter: str) -> None:
         self.facts = facts
         self._layout = layout
         self._scorer = scorer
@@ -78,6 +78,10 @@ class Pretrained:
         """Forget what earlier calls computed."""
         self._scorer.reset()
 
+    def close(self) -> None:
+        """Free what runs it."""
+        self._scorer.close()
+
 
 def load_pretrained(task: Task, settings: PretrainedVerifier) -> Verifier:
     """The verifier on its device. Raises ConfigError, ModelError."""
@@ -85,10 +89,6 @@ def load_pretrained(task: Task, settings: PretrainedVerifier) -> Verifier:
     if settings.format == "ratchet":
         model = Model(base=settings.path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
         return Trained(task, locate(settings.path, settings.revision), settings, model)
-    if settings.runtime != "transformers":
-        raise ConfigError(
-            f"verifier.runtime = '{settings.runtime}' does not run format '{settings.format}': set it to 'transformers'"
-        )
     folder = locate(settings.path, settings.revision)
     check_weights(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
@@ -96,18 +96,11 @@ def load_pretrained(task: Task, settings: PretrainedVerifier) -> Verifier:
     with _quiet():
         parts = take_apart(settings, folder, tokenizer)
     _check_vocabulary(settings, parts.decoder, tokenizer)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    )
+    device = loading_device(settings)
     decoder = parts.decoder.to(device).eval().requires_grad_(False)
     logit = parts.logit.to(device).eval().requires_grad_(False)
-    scorer = StateScorer(
-        decoder,
-        StateHead(lambda states: logit(states.float()), calibrated()),
-        settings,
-        max_length=max_length(decoder, tokenizer),
-        causal=_is_causal(decoder),
-    )
+    head, length = StateHead(logit, calibrated()), max_length(decoder, tokenizer)
+    scorer = start_scorer(decoder, head, settings, max_length=length, causal=_is_causal(decoder))
     facts = VerifierFacts(
         fingerprint=_fingerprint(settings, folder),
         flops_parameters=_size(decoder) - decoder.get_input_embeddings().weight.numel() + _size(logit),

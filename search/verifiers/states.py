@@ -94,6 +94,9 @@ class StateScorer:
         """Forget what earlier calls computed, so that the next ones do not depend on them, not even in rounding."""
         self._cache.clear()
 
+    def close(self) -> None:
+        self.reset()
+
     # ------------------------------------------------------------ one call
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""Runs the verifiers that rounds train: a folder with a card, a model and a read-out (see card.py), with transformers.
+"""Runs the verifiers that rounds train: a folder with a card, a model and a read-out (see card.py).
 
-The model may be a whole one or a LoRA adapter, which is merged into its base. Left out: other runtimes.
+The model may be a whole one or a LoRA adapter, which is merged into its base.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from search.engines.loading import (
 from search.errors import ModelError
 from search.types import Scored, ScoreRequest, Task, VerifierFacts
 from search.verifiers.card import READOUT, Card
-from search.verifiers.heads import GenerativeHead, Head, StateHead, calibrated
+from search.verifiers.heads import GenerativeHead, StateHead, calibrated
 from search.verifiers.layout import OwnLayout
 from search.verifiers.readout import GenerativeReadout
-from search.verifiers.states import StateScorer
+from search.verifiers.runtimes import loading_device, start_scorer
 
 MODEL = "model"
 CLASSIFIERS = ("score", "classifier")  # what token classifiers of the library call their head
@@ -44,7 +44,7 @@ class TrainedParts:
     card: Card
     model: Any  # in evaluation mode on its device; adapters are merged
     tokenizer: Any
-    head: Head
+    head: StateHead | GenerativeHead
     facts: VerifierFacts
     max_length: int
 
@@ -56,12 +56,12 @@ class Trained:
     """
 
     def __init__(self, task: Task, folder: Path, settings: VerifierRuntime, model: Model) -> None:
-        parts = load_trained(folder, task, model, device=settings.device)
+        parts = load_trained(folder, task, model, device=loading_device(settings))
         self.facts = parts.facts
         self.card = parts.card
         self._delimiter = task.step_delimiter
         self._layout = OwnLayout(task, parts.tokenizer, process=parts.facts.process, history=parts.card.history)
-        self._scorer = StateScorer(parts.model.base_model, parts.head, settings, max_length=parts.max_length)
+        self._scorer = start_scorer(parts.model.base_model, parts.head, settings, max_length=parts.max_length)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """The score of every step, or of the finished answer. What cannot be read is `unscored`, with the reason."""
@@ -77,6 +77,10 @@ class Trained:
         """Forget what earlier calls computed."""
         self._scorer.reset()
 
+    def close(self) -> None:
+        """Free what runs it."""
+        self._scorer.close()
+
 
 def unreadable(request: ScoreRequest, delimiter: str) -> str | None:
     """Why an answer has no steps that could be scored; None: it has."""
@@ -90,7 +94,7 @@ def unreadable(request: ScoreRequest, delimiter: str) -> str | None:
 # ---------------------------------------------------------------- loading
 
 
-def load_trained(folder: Path, task: Task, model: Model, *, device: str = "auto") -> TrainedParts:
+def load_trained(folder: Path, task: Task, model: Model, *, device: torch.device) -> TrainedParts:
     """A verifier's folder, checked against the task. Raises ModelError."""
     card = Card.load(folder)
     if card.delimiter != task.step_delimiter:
@@ -106,8 +110,7 @@ def load_trained(folder: Path, task: Task, model: Model, *, device: str = "auto"
     tokenizer = load_tokenizer(speaks, trust_remote_code=model.trust_remote_code)
     loaded = _load_weights(folder, base, card, model)
     _check_tokenizer(folder, loaded, tokenizer, card)
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    loaded = loaded.to(chosen)
+    loaded = loaded.to(device)
     if base != weights:
         from peft import PeftModel
 
@@ -213,7 +216,7 @@ def _check_tokenizer(folder: Path, model: Any, tokenizer: Any, card: Card) -> No
         )
 
 
-def _head(folder: Path, model: Any, card: Card) -> tuple[Head, int]:
+def _head(folder: Path, model: Any, card: Card) -> tuple[StateHead | GenerativeHead, int]:
     """The head, and its parameters that are not the model's own."""
     if card.readout == "scalar":
         head = next((module for name in CLASSIFIERS if (module := getattr(model, name, None)) is not None), None)
