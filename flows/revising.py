@@ -36,7 +36,6 @@ from search.tasks import load_task
 from search.types import Budget, Problem, SearchResult, Spend, VerifierFacts
 
 Metrics = dict[str, "float | tuple[float, float]"]
-WINDOW = 4  # attempts shown: the strategy's default
 SHARD_ATTEMPTS = 4000  # about as many are committed together
 PREVIOUS = "previous"
 
@@ -191,7 +190,9 @@ def _verify(context: Context, inputs: Inputs, out: Path, chosen: str) -> tuple[d
     spend = run_jobs(context, {"policy": out / "model"}, out, [job])
     results = ((context.round, result) for name in ("train", chosen) for result in read_results(out / f"chains-{name}"))
     render = functools.partial(prompt_ids, task, _speaks(context, out / "model")[0])
-    examples = revisions.chain_examples(results, render, task.step_delimiter, window=WINDOW)
+    examples = revisions.chain_examples(
+        results, render, task.step_delimiter, window=context.config.revision.max_attempts
+    )
     write_examples(examples, out / "examples.jsonl")
     base, old = Path(policy_path(inputs["base"])), inputs[PREVIOUS] / "verifier" if PREVIOUS in inputs else None
     init = base if settings.init == "base" else out / "model"
@@ -260,7 +261,8 @@ def _chains(
 ) -> Job:
     name = "revisions" if verified else "revisions_majority"
     facts = VerifierFacts("", 0, process=False) if verified else None
-    plan = parse(f"{name}(ratio={ratio:g}, window={WINDOW})").plan(Budget("samples", samples), facts)
+    window = context.config.revision.max_attempts
+    plan = parse(f"{name}(ratio={ratio:g}, window={window})").plan(Budget("samples", samples), facts)
     shard = max(1, SHARD_ATTEMPTS // samples)
     return Job(folder, plan, problems, _stage(context), split, shard, verified=verified)
 

@@ -13,15 +13,17 @@ REVISE = "This answer may be wrong. Look for a mistake, then write a complete, c
 def prompt_ids(task: Task, tokenizer: Any, problem: Problem, attempts: Sequence[str] = ()) -> list[int]:
     """The prompt's ids: text is encoded as the tokenizer does by default, messages go through the template.
 
-    `attempts`, oldest first, are shown as the turns of a chat, or as answers to the question asked again and again
-    (sequential revisions, Snell et al. section 6.1), which examples precede once.
+    `attempts`, oldest first (sequential revisions, Snell et al. section 6.1), are shown as the turns of a chat, or as
+    answers to what the task asks again with each: a few-shot prompt's question, but not its examples. Where that is
+    nothing, they come before the question.
     """
     prompt = task.prompt(problem)
     if isinstance(prompt, str):
-        asked = getattr(task, "asked", None)  # few-shot tasks: the part of their prompt after the examples
+        asked = getattr(task, "asked", None)
         question = asked(problem) if asked else prompt
         before = "".join(f"{question}{attempt.rstrip()}\n\n" for attempt in attempts)
-        return list(tokenizer.encode(prompt.removesuffix(question) + before + question))
+        end = question or prompt
+        return list(tokenizer.encode(prompt.removesuffix(end) + before + end))
     messages = list(prompt)
     for attempt in attempts:
         messages += [{"role": "assistant", "content": attempt}, {"role": "user", "content": REVISE}]

@@ -117,7 +117,7 @@ def test_only_right_answers_are_trained_on_and_prompts_are_those_of_search(input
         question = row["key"] + "\n"
         prompt = tokenizer.decode(row["prompt_ids"])
         assert prompt.endswith(question)
-        assert prompt.count(question) in range(1, 6)
+        assert prompt.count(question) == 1
         text = tokenizer.decode(row["completion_ids"][:-1])
         (graded,) = task.grade([(task.parse(row["key"].replace(",", " ")), text)])
         assert graded.grade is Grade.CORRECT

@@ -133,7 +133,7 @@ class FileTask:
         return f"{prefix}{problem.question}\n"
 
     def asked(self, problem: Problem) -> str:
-        """The end of a text prompt that asks the question, without instruction and examples."""
+        """The end of a text prompt, without instruction and examples: asked again with each attempt of a revision."""
         if self.config.prompt == "few_shot":
             return render(None, (), problem.question, self.step_delimiter)
         return f"{problem.question}\n"
