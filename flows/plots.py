@@ -46,8 +46,9 @@ STAGE_HUES = {  # neighbours in a round's order stay apart
     "distill": PURPLE,
     "evaluate": BLUE,
     "gate": "#c48fa8",
-    "verifier": SAND,
     "difficulty": GREEN,
+    "verifier": SAND,
+    "reviser": "#8fb8a0",
     "table": "#e3bd7d",
     "report": "#7a828c",
 }
@@ -69,9 +70,24 @@ def draw_all(history: History, round_: Round, findings: Findings) -> dict[str, F
         figures["candidates"] = candidates(round_.filters)
     if any(r.costs for r in history.rounds):
         figures["spend"] = spend(history)
+    figures |= _of_verifier(history, round_)
     points = calibration_curve(round_)
     if points:
         figures["calibration"] = calibration(points, round_.group("difficulty/"))
+    return figures
+
+
+def _of_verifier(history: History, round_: Round) -> dict[str, Figure]:
+    """Its health on the round's answers, and how that went over the rounds."""
+    stored = read_json(round_.folder / "verifier" / "health.json")
+    if not stored:
+        return {}
+    from flows.plots_verifier import draw_health, draw_rounds, over_rounds
+    from search.verifiers.health import Health
+
+    figures = {"verifier": draw_health(Health.from_json(stored))}
+    if len(auc := over_rounds(history, "auc_within")) > 1:
+        figures["verifier_rounds"] = draw_rounds(auc, over_rounds(history, "brier"))
     return figures
 
 

@@ -88,6 +88,7 @@ def render_page(
         left_sentence=text.left_sentence(findings),
         data_lines=text.data_lines(round_),
         difficulty_table=text.difficulty_table(round_),
+        verifier_table=text.verifier_table(round_),
         cost_lines=text.cost_lines(round_),
         spend_table=text.spend_table(round_),
         solved=[asdict(example) for example in findings.solved],

@@ -20,6 +20,9 @@ CAPTIONS = {
     "left": "What the champion still misses, by the same bins. The middle part is what another round can learn from.",
     "candidates": "Every searched candidate is counted once, at the first filter that took it.",
     "spend": "Tokens computed (generated, prefilled, scored) and wall time, by stage.",
+    "verifier": "The verifier on fresh answers to problems it was not trained on: what choosing by its scores is "
+    "worth, whether a score means what it says, and whether length sways it. Bands and bars are 95 %.",
+    "verifier_rounds": "Each round's verifier, and the one before on the same answers.",
     "calibration": "Left: predicted against sampled pass rates, in groups of equal size. Right: how well predictions "
     "rank problems; the dashed line is what labels this noisy allow.",
 }
@@ -274,6 +277,35 @@ def difficulty_table(round_: Round) -> Table:
         Row((label, f"{found[name].value:.4f}" + (f" ±{found[name].half_width:.4f}" if found[name].se else "")))
         for name, label in _DIFFICULTY.items()
         if name in found
+    ]
+    return Table(("", f"round {round_.number}"), tuple(rows))
+
+
+_VERIFIER = {
+    "auc_within": "AUC within problems",
+    "auc": "AUC over all answers",
+    "step_auc": "AUC of steps",
+    "value_auc": "AUC of unfinished answers, against fresh rollouts",
+    "first_error_f1": "F1 of the first wrong step",
+    "brier": "Brier score",
+    "ece": "calibration error",
+    "auc_within_previous": "AUC within problems of the verifier before, same answers",
+    "brier_previous": "Brier score of the verifier before, same answers",
+}
+_REVISION = {
+    "right_to_wrong": "right answers revised to wrong",
+    "wrong_to_right": "wrong answers revised to right",
+}
+
+
+def verifier_table(round_: Round) -> Table:
+    """Ranking and calibration of the verifier, and what the reviser does to answers."""
+    names = {f"verifier/{name}": label for name, label in _VERIFIER.items()}
+    names |= {f"revision/{name}": label for name, label in _REVISION.items()}
+    found = [(label, figure) for name, label in names.items() if (figure := round_.metrics.get(name))]
+    rows = [
+        Row((label, f"{figure.value:.4f}" + (f" ±{figure.half_width:.4f}" if figure.se else "")))
+        for label, figure in found
     ]
     return Table(("", f"round {round_.number}"), tuple(rows))
 

@@ -1,0 +1,263 @@
+"""The verifier stage: label answers, the winner's fresh ones first, train on them, and say how healthy the result is.
+
+Trained on training and fit problems only. Its health, and that of the verifier before it, is measured on the same
+fresh answers of the winner to validation problems; what did not come out usable is not put into the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from configs.schema import TrainedVerifier
+from distill.labels import label, write_examples
+from flows.chosen import load_chosen_verifier
+from flows.stages import Context, Inputs, pool_job, run_jobs, write_json, write_metrics
+from search.engines import load_engine, num_processes
+from search.engines.reference import policy_path
+from search.errors import DataError, TrainingError
+from search.parallel import Report, fork_map
+from search.policy import AGGREGATE, Sampler, steps_of
+from search.results import merge_shards, read_results
+from search.rollouts import Rollouts, prepare, values
+from search.run import run_shards
+from search.sets import read_problems
+from search.tasks import load_task
+from search.types import Candidate, ScoreRequest, SearchResult, Spend, Task, Verifier
+from search.verifiers.health import Health, PrefixValue, compare, measure
+
+FORBIDDEN = ("validation", "gate", "test")  # splits that no verifier is fitted to
+NUM_VALUED = 100  # validation problems on which steps are valued by fresh rollouts
+VALUED_STEPS = 2  # of each
+ROLLOUTS = 16  # from each
+SHARD_PROBLEMS = 100
+SCORED_TOGETHER = 2000  # answers
+
+
+def verifier(context: Context, inputs: Inputs, out: Path) -> None:
+    """`usable` in report.json says whether the bundle takes it; where not, the one before stays."""
+    settings = context.config.verifier
+    assert isinstance(settings, TrainedVerifier)
+    spend = _draw(context, inputs, out, settings)
+    try:
+        trained = _train(context, inputs, out, settings)
+    except (DataError, TrainingError) as error:
+        write_json(out / "report.json", {"usable": False, "reason": str(error)})
+        write_json(out / "spend.json", spend.to_json())
+        write_metrics(out, {"verifier/usable": 0.0})
+        return
+    spend += training_spend(trained)
+    new, cost = _health(context, inputs, out, out)
+    spend += cost
+    report: dict[str, Any] = {"usable": new.figures["auc_within"].value > 0.5, "training": trained}
+    rows = new.metrics()
+    if "previous" in inputs:
+        old, cost = _health(context, inputs, out, inputs["previous"])
+        spend += cost
+        found = compare(old, new)
+        report |= {"compared": found.to_json()}
+        rows += found.metrics()
+        if found.verdict == "worse":
+            report |= {"usable": False, "reason": "worse than the verifier before it, on the same fresh answers"}
+    rows.append({"name": "verifier/usable", "value": float(report["usable"])})
+    write_json(out / "health.json", new.to_json())
+    write_json(out / "report.json", report)
+    write_json(out / "spend.json", spend.to_json())
+    write_metrics(out, {row["name"]: (row["value"], row["se"]) if "se" in row else row["value"] for row in rows})
+    from flows.plots_verifier import save_health
+
+    save_health(new, out / "health.png")
+
+
+# ---------------------------------------------------------------- answers and rollouts
+
+
+def _draw(context: Context, inputs: Inputs, out: Path, settings: TrainedVerifier) -> Spend:
+    """Fresh answers to training problems, and rollouts: for labels where they are asked for, and for the health."""
+    problems = read_problems(inputs["problems"] / "labels.jsonl")[: settings.problems]
+    job = pool_job("labels", problems, settings.samples, f"verifier/{context.round}")
+    spend = run_jobs(context, inputs, out, [job])
+    merge_shards(out / job.folder, out / "pool-labels.jsonl")
+    if {"rollouts", "siblings"} & set(settings.labels):
+        wanted = Rollouts(settings.rollouts, settings.first_error)
+        spend += _roll_out(context, inputs, out / "rollouts", [out / "pool-labels.jsonl"], wanted)
+    if settings.kind == "prm":
+        fresh = inputs["pools"] / "pool-validation.jsonl"
+        spend += _roll_out(
+            context, inputs, out / "values", [fresh], Rollouts(ROLLOUTS, prefixes=VALUED_STEPS), NUM_VALUED
+        )
+    return spend
+
+
+def _roll_out(
+    context: Context, inputs: Inputs, out: Path, pools: Sequence[Path], wanted: Rollouts, most: int | None = None
+) -> Spend:
+    """Rollouts from the steps of stored answers, in shards; none where no answer has two steps."""
+    config, settings = context.config, context.config.verifier
+    assert isinstance(settings, TrainedVerifier)
+    num = num_processes(config)
+    done = [(0, 0)] * num
+
+    def report(index: int, row: dict[str, Any]) -> None:
+        done[index] = (row["done"], row["tokens"])
+        context.progress(sum(d for d, _ in done), row["total"], tokens=sum(t for _, t in done), what=out.name)
+
+    def work(index: int, tell: Report) -> dict[str, float]:
+        task = load_task(config)
+        engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
+        sampler = Sampler.of(config, engine, task, f"verifier/{context.round}", out.name)
+        drawn = [result for path in pools for result in read_results(path)][:most]
+        try:
+            problems, plan = prepare(drawn, wanted, sampler, keep_unparsable=settings.keep_unparsable)
+        except DataError:  # answers of one step have nothing to be valued
+            return Spend().to_json()
+        spend = run_shards(
+            problems,
+            plan,
+            sampler,
+            out,
+            shard_problems=SHARD_PROBLEMS,
+            progress=lambda done, total, **info: tell({"done": done, "total": total, "tokens": info["tokens"]}),
+            part=(index, num),
+        )
+        engine.close()
+        return spend.to_json()
+
+    return sum((Spend(**row) for row in fork_map(work, num, report)), Spend())
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train(context: Context, inputs: Inputs, out: Path, settings: TrainedVerifier) -> dict[str, Any]:
+    """Label and train; the report. Raises DataError, TrainingError."""
+    from distill.verifier import train
+
+    config = context.config
+    task = load_task(config)
+    forbidden = {p.key for path in _forbidden(inputs["problems"]) for p in read_problems(path)}
+    labelled = label(
+        _answers(context, inputs, out),
+        settings.labels,
+        task,
+        held_out=forbidden.__contains__,
+        max_examples=settings.max_examples,
+        kind=settings.kind,
+        keep_unparsable=settings.keep_unparsable,
+        seed=config.loop.seed,
+    )
+    write_json(out / "labels.json", dict(labelled.counts))
+    write_examples(labelled.examples, out / "examples.jsonl")
+    policy, base = Path(policy_path(inputs["policy"])), Path(policy_path(inputs["base"]))
+    init = base if settings.init == "base" else policy
+    if settings.warm_start and "previous" in inputs:
+        init = inputs["previous"]
+    report = train(
+        out / "examples.jsonl",
+        init,
+        base,
+        out,
+        settings,
+        config.model,
+        task,
+        seed=config.loop.seed,
+        policy_fingerprint=_fingerprint(inputs),
+        threads=config.stages.threads,
+        progress=context.progress,
+        device=settings.device,
+    )
+    return asdict(report)
+
+
+def _forbidden(problems: Path) -> Iterator[Path]:
+    yield from (problems / f"{name}.jsonl" for name in FORBIDDEN)
+    yield from sorted(problems.glob("guard-*.jsonl"))
+
+
+def _answers(context: Context, inputs: Inputs, out: Path) -> Iterator[tuple[int, SearchResult]]:
+    """(round, result): what earlier and this round's searches left, the winner's fresh answers, and rollouts."""
+    for name, folder in inputs.items():
+        if name.startswith("search@"):
+            number = int(name.removeprefix("search@"))
+            yield from ((number, result) for result in read_results(folder))
+    fresh: list[Path] = [out / "pool-labels.jsonl", inputs["pools"] / "pool-fit.jsonl"]
+    fresh += [out / "rollouts"] if (out / "rollouts").is_dir() else []
+    for path in fresh:
+        yield from ((context.round, result) for result in read_results(path))
+
+
+def _fingerprint(inputs: Inputs) -> str:
+    return next(iter(read_results(inputs["pools"] / "pool-validation.jsonl"))).model
+
+
+def training_spend(report: dict[str, Any]) -> Spend:
+    """6 FLOPs a parameter and trained token (forward and backward), 2 a scored one."""
+    trained, scored, size = report["trained_tokens"], report["scored_tokens"], report["parameters"]
+    flops = size * (6.0 * trained + 2.0 * scored)
+    return Spend(
+        verifier_tokens=trained + scored,
+        flops_ideal=flops,
+        flops_actual=flops,
+        verifier_flops_ideal=flops,
+        verifier_flops_actual=flops,
+    )
+
+
+# ---------------------------------------------------------------- health
+
+
+def _health(context: Context, inputs: Inputs, out: Path, folder: Path) -> tuple[Health, Spend]:
+    """Of the verifier in `folder`, on the winner's fresh answers to validation problems."""
+    config = context.config
+    task = load_task(config)
+    scorer = load_chosen_verifier(config, task, {**inputs, "verifier": folder})
+    assert scorer is not None
+    pool = [r for r in read_results(inputs["pools"] / "pool-validation.jsonl") if not r.failed]
+    scored, spend = score_answers(pool, scorer, task)
+    rolled = read_results(out / "values") if scorer.facts.process and any((out / "values").glob("shard-*")) else ()
+    valued, cost = _values(rolled, scorer)
+    return measure(scored, task=task, process=scorer.facts.process, values=valued), spend + cost
+
+
+def score_answers(pool: Sequence[SearchResult], verifier: Verifier, task: Task) -> tuple[list[SearchResult], Spend]:
+    """The pool with the verifier's scores; equal answers are read once. Scores that cannot be used stay as they are."""
+    reads: dict[tuple[str, tuple[str, ...]], ScoreRequest] = {}
+    for result in pool:
+        for candidate in result.candidates:
+            if candidate.complete:
+                steps = steps_of(candidate, task.step_delimiter)
+                reads.setdefault((result.problem.key, steps), ScoreRequest(result.problem, steps))
+    scores, spend = _score(list(reads.values()), verifier)
+    known = dict(zip(reads, scores, strict=True))
+    aggregate = AGGREGATE[verifier.facts.aggregation]
+
+    def scored(key: str, candidate: Candidate) -> Candidate:
+        if not candidate.complete:
+            return candidate
+        found = known[key, steps_of(candidate, task.step_delimiter)]
+        return replace(candidate, step_scores=found, score=aggregate(found))
+
+    return [replace(r, candidates=tuple(scored(r.problem.key, c) for c in r.candidates)) for r in pool], spend
+
+
+def _values(rolled: Iterable[SearchResult], verifier: Verifier) -> tuple[list[PrefixValue], Spend]:
+    """What the verifier says of unfinished answers, beside how fresh rollouts from there ended."""
+    found = [(result.problem, value) for result in rolled for value in values(result)]
+    scores, spend = _score([ScoreRequest(problem, value.steps) for problem, value in found], verifier)
+    aggregate = AGGREGATE[verifier.facts.aggregation]
+    pairs = zip(found, scores, strict=True)
+    return [PrefixValue(aggregate(s), v.num_correct, v.num, problem.key) for (problem, v), s in pairs], spend
+
+
+def _score(requests: Sequence[ScoreRequest], verifier: Verifier) -> tuple[list[tuple[float, ...]], Spend]:
+    scores: list[tuple[float, ...]] = []
+    tokens = 0
+    for start in range(0, len(requests), SCORED_TOGETHER):
+        for one in verifier.score(requests[start : start + SCORED_TOGETHER]):
+            scores.append(one.scores)
+            tokens += one.computed_tokens
+    flops = 2.0 * verifier.facts.flops_parameters * tokens
+    spent = {name: flops for name in ("flops_ideal", "flops_actual", "verifier_flops_ideal", "verifier_flops_actual")}
+    return scores, Spend(verifier_tokens=tokens, **spent)  # pyright: ignore[reportArgumentType]
