@@ -30,6 +30,7 @@ from search.trace import Trace
 from search.types import (
     Budget,
     CachingEngine,
+    CachingVerifier,
     Candidate,
     Engine,
     Grade,
@@ -82,6 +83,8 @@ def search(
     _check_budget(plan.budget, sampler.engine)
     if isinstance(sampler.engine, CachingEngine):  # a shard follows from its problems alone
         sampler.engine.reset()
+    if isinstance(verifier, CachingVerifier):
+        verifier.reset()
     recorders: Sequence[Trace | None] = traces or [None] * len(problems)
     policies = [Policy(p, sampler, plan.budget, t) for p, t in zip(problems, recorders, strict=True)]
     results: dict[int, SearchResult] = {}

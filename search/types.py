@@ -350,6 +350,15 @@ class Verifier(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]: ...
 
 
+@runtime_checkable
+class CachingVerifier(Verifier, Protocol):
+    """A verifier that remembers earlier calls, so that its scores depend on them (in rounding)."""
+
+    def reset(self) -> None:
+        """Forget them: what follows depends on nothing before. Called at the start of every shard."""
+        ...
+
+
 class DifficultyEstimate(Protocol):
     """The predicted pass rate of the policy on each problem, from the question alone; shape [P], in [0, 1]."""
 

@@ -231,3 +231,16 @@ def test_a_search_reads_every_step_of_its_tree_once(tmp_path, strategy: str) -> 
     assert spent == sum(read.values())
     asked = sum(reference.num_tokens(request) for request in verifier.asked)
     assert spent < (0.8 if strategy == "best_of_n" else 0.5) * asked  # whole answers share their prompts only
+
+
+def test_a_search_depends_on_no_earlier_one(tmp_path) -> None:
+    verifier = load(save_verifier(tmp_path / "v"))
+
+    def script(prompt: str, written: str, temperature: float, key: int) -> str:
+        return step(prompt, key) if written.count("\n") < 3 else "7=7"
+
+    def run() -> list[Any]:
+        asked = [question(n) for n in range(2)]
+        return [r.to_json() for r in run_all("beam(width=2)", 4, StepEngine(script), asked, verifier, task=SumTask())]
+
+    assert run() == run()

@@ -24,7 +24,8 @@ from search.verifiers.heads import Head
 from search.verifiers.layout import Encoded
 
 WASTE = 1.1  # a batch that computes this many times its tokens, for padding, is cut where lengths change
-WORTH_TOKENS = 4096  # unless it is smaller: a pass has its own price
+WORTH_TOKENS = 1024  # unless it is smaller: a pass has its own price
+CPU_TOKENS = 2048  # of one pass on a CPU: what a layer hands to the next should stay in the processor's cache
 
 
 class _Note(NamedTuple):
@@ -230,11 +231,13 @@ class StateScorer:
     def _batches(self, numbers: Sequence[int], items: Sequence[_Item]) -> Iterator[list[int]]:
         """Numbers of items that are run together: alike in length, within the limits of rows and tokens."""
         settings, batch, total, longest = self._settings, list[int](), 0, 0
+        limit = CPU_TOKENS if self._device.type == "cpu" else settings.batch_tokens
         for i in sorted(numbers, key=lambda i: (items[i].num_new, len(items[i].slots))):
             num, longest = items[i].num_new, max(longest, len(items[i].ids))
             most = min(settings.max_batch_rows, settings.batch_tokens // longest)
-            wasteful = total >= WORTH_TOKENS and num * (len(batch) + 1) > WASTE * (total + num)
-            if batch and (len(batch) >= most or wasteful):
+            padded = num * (len(batch) + 1)
+            wasteful = total >= WORTH_TOKENS and padded > WASTE * (total + num)
+            if batch and (len(batch) >= most or padded > limit or wasteful):
                 yield batch
                 batch, total, longest = [], 0, len(items[i].ids)
             batch.append(i)

@@ -31,6 +31,7 @@ from search.verifiers.card import READOUT, Card
 from search.verifiers.heads import GenerativeHead, StateHead, calibrated
 from search.verifiers.layout import OwnLayout
 from search.verifiers.readout import GenerativeReadout
+from search.verifiers.remembering import Remembering
 from search.verifiers.runtimes import loading_device, start_scorer
 
 MODEL = "model"
@@ -60,7 +61,8 @@ class Trained:
         self.facts = parts.facts
         self.card = parts.card
         self._delimiter = task.step_delimiter
-        self._layout = OwnLayout(task, parts.tokenizer, process=parts.facts.process, history=parts.card.history)
+        tokenizer = Remembering(parts.tokenizer)
+        self._layout = OwnLayout(task, tokenizer, process=parts.facts.process, history=parts.card.history)
         self._scorer = start_scorer(parts.model.base_model, parts.head, settings, max_length=parts.max_length)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
