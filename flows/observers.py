@@ -134,10 +134,11 @@ def _note(name: str, m: dict[str, float]) -> str:
             case "gate":
                 return f"{100 * m['gate/effect']:+.1f} points, p = {m['gate/p']:.2g}"
             case "verifier":
-                return (
-                    f"AUC within problems {m['verifier/auc_within']:.3f}, over all {m['verifier/auc']:.3f}, "
-                    f"Brier {m['verifier/brier']:.3f}"
-                )
+                named = (("AUC within problems", "auc_within"), ("over all", "auc"), ("Brier", "brier"))
+                found = [f"{words} {m[f'verifier/{k}']:.3f}" for words, k in named if f"verifier/{k}" in m]
+                return ", ".join(found) + ("" if m["verifier/usable"] else "; not usable: the one before stays")
+            case "reviser":
+                return "" if m["revision/usable"] else "not usable: the one before stays"
             case "difficulty":
                 return f"Spearman {m['difficulty/spearman']:.2f}, Brier {m['difficulty/brier']:.3f}"
             case _:

@@ -51,7 +51,7 @@ def verifier(context: Context, inputs: Inputs, out: Path) -> None:
     spend += training_spend(trained)
     new, cost = _health(context, inputs, out, out)
     spend += cost
-    report: dict[str, Any] = {"usable": new.figures["auc_within"].value > 0.5, "training": trained}
+    report: dict[str, Any] = {"training": trained, **_judged(new)}
     rows = new.metrics()
     if "previous" in inputs:
         old, cost = _health(context, inputs, out, inputs["previous"])
@@ -59,7 +59,7 @@ def verifier(context: Context, inputs: Inputs, out: Path) -> None:
         found = compare(old, new)
         report |= {"compared": found.to_json()}
         rows += found.metrics()
-        if found.verdict == "worse":
+        if report["usable"] and found.verdict == "worse":
             report |= {"usable": False, "reason": "worse than the verifier before it, on the same fresh answers"}
     rows.append({"name": "verifier/usable", "value": float(report["usable"])})
     write_json(out / "health.json", new.to_json())
@@ -69,6 +69,16 @@ def verifier(context: Context, inputs: Inputs, out: Path) -> None:
     from flows.plots_verifier import save_health
 
     save_health(new, out / "health.png")
+
+
+def _judged(health: Health) -> dict[str, Any]:
+    """Does it rank the answers to a problem better than chance?"""
+    found = health.figures.get("auc_within")
+    if found is None:
+        return {"usable": False, "reason": "no validation problem has both right and wrong answers to tell apart"}
+    if found.value <= 0.5:
+        return {"usable": False, "reason": f"it ranks answers no better than chance: AUC {found.value:.3f} in problems"}
+    return {"usable": True}
 
 
 # ---------------------------------------------------------------- answers and rollouts
