@@ -248,7 +248,7 @@ def _count(known: _Known, attempts: Steps, candidate: Candidate, steps: Steps, d
     """Add an independent draw to the success of each prefix; of a truncated one the step cut off is none."""
     if candidate.grade not in (Grade.CORRECT, Grade.WRONG) or candidate.finish not in rollouts.JUDGED:
         return
-    whole = len(steps) - (not candidate.complete and not steps[-1].endswith(delimiter))
+    whole = len(steps) - (not candidate.complete and delimiter not in steps[-1])
     for num in range(whole + 1):
         right, total = known.drawn.get((attempts, steps[:num]), (0, 0))
         known.drawn[attempts, steps[:num]] = (right + (candidate.grade is Grade.CORRECT), total + 1)

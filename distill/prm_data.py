@@ -145,9 +145,9 @@ def _check(example: StepExample) -> None:
 
 
 def _check_delimiter(examples: Sequence[StepExample], delimiter: str) -> None:
-    if examples and not any(step.endswith(delimiter) for example in examples for step in example.steps):
+    if examples and not any(delimiter in step for example in examples for step in example.steps):
         raise DataError(
-            f"no step of {len(examples)} answers ends with the task's step delimiter {delimiter!r}: a process "
+            f"no step of {len(examples)} answers holds the task's step delimiter {delimiter!r}: a process "
             "verifier would see whole answers only. Set task.step_delimiter, or verifier.kind = 'orm'"
         )
 
@@ -173,8 +173,8 @@ def _with(example: StepExample, labels: tuple[float | None, ...], outcome: bool 
 
 
 def _row(example: StepExample, layout: OwnLayout, delimiter: str, *, process: bool) -> Row:
-    encoded = layout.encode(ScoreRequest(example.problem, example.steps, example.attempts))
-    finished = not example.steps[-1].endswith(delimiter)
+    request = ScoreRequest(example.problem, example.steps, example.attempts)
+    encoded, finished = layout.encode(request), request.finished(delimiter)
     labels = example.labels or (None,) * len(example.steps)
     last = example.outcome if example.outcome is not None else labels[-1]
     right = float(last) if finished and last is not None else None

@@ -320,6 +320,11 @@ class ScoreRequest:
     steps: tuple[str, ...]
     attempts: tuple[str, ...] = ()
 
+    def finished(self, delimiter: str) -> bool:
+        """Whether nothing follows: the last step of an answer does not hold the delimiter, and may be empty. Of others
+        the token that completes the delimiter may bring more text with it."""
+        return delimiter not in self.steps[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:

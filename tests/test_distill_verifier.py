@@ -277,7 +277,7 @@ def test_examples_that_cannot_be_used_are_named(change: dict[str, Any], said: st
 
 def test_answers_without_the_delimiter_are_an_error(base: Path, tmp_path: Path) -> None:
     whole = [replace(e, steps=("".join(e.steps).replace("\n", " "),), labels=e.labels[-1:]) for e in EXAMPLES]
-    with pytest.raises(DataError, match="no step of 96 answers ends with the task's step delimiter"):
+    with pytest.raises(DataError, match="no step of 96 answers holds the task's step delimiter"):
         run(tmp_path, base, examples=whole)
 
 

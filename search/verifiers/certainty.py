@@ -88,7 +88,7 @@ class Certainty:
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """The certainty of every step."""
         encoded = [self._layout.encode(request) for request in requests]
-        return self._scorer.score(encoded, [r.steps[-1].endswith(self._delimiter) for r in requests])
+        return self._scorer.score(encoded, [not r.finished(self._delimiter) for r in requests])
 
     def reset(self) -> None:
         """Forget what earlier calls computed."""

@@ -205,7 +205,7 @@ class Judge:
 
     def _content(self, problem: Problem, steps: Sequence[str], first: int) -> str:
         """The user's or our own prompt with both texts in it, then the form of the verdict."""
-        ended = not steps[-1].endswith(self._delimiter)
+        ended = self._delimiter not in steps[-1]
         steps, asked = [_plain(step) for step in steps], _plain(problem.question)
         mark, num = fence(asked, "".join(steps)), len(steps)
         question = _fenced(mark, "question", asked)

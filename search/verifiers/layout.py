@@ -37,7 +37,7 @@ class Layout(Protocol):
 class OwnLayout:
     """Ours: the policy's prompt, then the steps as they are; EOS where the answer ends.
 
-    A step's score is read at its last id. The last step of a finished answer does not end with the delimiter (it may
+    A step's score is read at its last id. The last step of a finished answer does not hold the delimiter (it may
     be empty), so it gets EOS: the verifier can tell a finished answer from one that goes on. `history`: attempts shown
     before the answer are part of the prompt, as the policy that revises reads them (Snell et al. 2024, section 6.1).
     """
@@ -53,7 +53,7 @@ class OwnLayout:
         num_prompt, ends = len(ids), list[int]()
         for n, step in enumerate(request.steps):
             ids += self.tokenizer.encode(step, add_special_tokens=False)
-            if n == len(request.steps) - 1 and not step.endswith(self.task.step_delimiter):
+            if n == len(request.steps) - 1 and request.finished(self.task.step_delimiter):
                 ids.append(self.tokenizer.eos_token_id)
             ends.append(len(ids) - 1)
         return Encoded(tuple(ids), num_prompt, tuple(ends if self.process else ends[-1:]))

@@ -54,7 +54,7 @@ class Oracle:
             return [correct]
         labels = list(self._task.step_labels(request.problem, text))[: len(request.steps)]
         labels += [False] * (len(request.steps) - len(labels))  # more text than any answer has
-        if not request.steps[-1].endswith(self._task.step_delimiter):  # the answer's last step: nothing follows
+        if request.finished(self._task.step_delimiter):
             labels[-1] = correct
         return labels
 
