@@ -313,7 +313,7 @@ class VerifierRuntime(ScoringSection):
     gpu_memory_fraction: Fraction = Field(default=0.3, description="runtime = 'vllm': of each GPU's memory")
 
 
-LabelSource = Literal["rollouts", "siblings", "tree", "outcomes", "gold"]
+LabelSource = Literal["rollouts", "siblings", "tree", "tree_siblings", "outcomes", "gold"]
 
 
 class TrainedVerifier(VerifierRuntime):
@@ -329,8 +329,9 @@ class TrainedVerifier(VerifierRuntime):
         default=("tree",),
         min_length=1,
         description="where step labels come from: rollouts (Monte Carlo, the paper's), siblings (the same, relative to "
-        "the steps beside it), tree (mean success of the answers that share a prefix: free), outcomes (of whole "
-        "answers, through a multiple-instance loss), gold (of tasks that can check a step)",
+        "the steps beside it), tree (mean success of the answers that share a prefix: free), tree_siblings (that, "
+        "relative to the steps beside it), outcomes (of whole answers, through a multiple-instance loss), gold (of "
+        "tasks that can check a step)",
     )
     init: Literal["policy", "base"] = Field(default="policy", description="initial weights, without an older verifier")
     warm_start: bool = Field(default=True, description="go on from the champion's verifier")

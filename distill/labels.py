@@ -1,6 +1,7 @@
 """What a verifier is trained on: answers cut into steps, with a label for each step or one outcome. No torch.
 
-Sources of labels, mixable; each gives every answer one example of its own. A last step's label is always the outcome.
+Sources of labels, mixable; each gives every answer one example of its own, but that outcomes join the first other one.
+A last step's label is the outcome, but of siblings.
 - tree: the mean success of the problem's answers that begin with exactly these steps (free). Only independent draws
   count: pools, and the plain samples that a search began with. What a pruned search kept lies where a verifier
   wanted it, so its mean is the value of search, not of the policy; such answers are examples, labelled at the
@@ -13,6 +14,7 @@ Sources of labels, mixable; each gives every answer one example of its own. A la
   the parent's value is a floor under it, so that the best of several bad steps is not taken for a good one, and is all
   there is for an only child (its share of the parent's value, cut at 1). Where nothing beside it ever succeeds, or
   nothing beside it is known, a step has no label: both 0 and 1 would be inventions.
+- tree_siblings: the same of the values of `tree`, free.
 - outcomes: no step has a label; the answer has its outcome, for a multiple-instance loss.
 - gold: the task's own step checker.
 An outcome verifier (kind "orm") gets one label, the outcome, at the last step, whatever the sources.
@@ -161,6 +163,10 @@ def label(
     pool.counts["over_cap"] = pool.counts["kept"] - len(kept)
     pool.counts["kept"] = len(kept)
     labellers = {source: _labeller(source, task) for source in dict.fromkeys(sources)}
+    joined = next((source for source in labellers if source != "outcomes"), "outcomes")
+    outcomes = labellers.pop("outcomes", None)
+    if outcomes is not None and not labellers:
+        labellers["outcomes"] = outcomes
     examples: list[StepExample] = []
     for answer in kept:
         if kind == "orm":
@@ -169,7 +175,7 @@ def label(
         known = pool.known[answer.problem.key]
         for source, labeller in labellers.items():
             labels = labeller(known, answer)
-            outcome = answer.outcome if source == "outcomes" else None
+            outcome = answer.outcome if outcomes is not None and source == joined else None
             there = outcome is not None or any(value is not None for value in labels)
             pool.counts[f"{'examples' if there else 'unlabelled'}/{source}"] += 1
             if there:
@@ -309,7 +315,9 @@ def _labeller(source: LabelSource, task: Any) -> Callable[[_Known, _Answer], Lab
         case "rollouts":
             return _rolled
         case "siblings":
-            return _Siblings()
+            return _Siblings(_rolled)
+        case "tree_siblings":
+            return _Siblings(_tree)
         case "outcomes":
             return lambda _, answer: _nothing(answer)
         case "gold":
@@ -346,14 +354,15 @@ def _share(counted: tuple[int, int] | None) -> float | None:
 class _Siblings:
     """Labels of steps relative to those beside them; the values of a problem's steps are gathered once."""
 
-    def __init__(self) -> None:
+    def __init__(self, valued: Callable[[_Known, _Answer], Labels]) -> None:
+        self._valued = valued
         self._of: _Known | None = None
         self._values: dict[Steps, float] = {}
         self._best: dict[Steps, float] = {}  # by parent
         self._children: Counter[Steps] = Counter()
 
     def __call__(self, known: _Known, answer: _Answer) -> Labels:
-        if not known.rolled or answer.attempts:
+        if answer.attempts or all(value is None for value in self._valued(known, answer)):
             return _nothing(answer)
         if self._of is not known:
             self._gather(known)
@@ -361,8 +370,8 @@ class _Siblings:
 
     def _gather(self, known: _Known) -> None:
         self._of, self._values, self._best, self._children = known, {}, {}, Counter()
-        for answer in known.answers.values():
-            values = zip(range(1, len(answer.steps) + 1), _rolled(known, answer), strict=True)
+        for answer in (answer for answer in known.answers.values() if not answer.attempts):
+            values = zip(range(1, len(answer.steps) + 1), self._valued(known, answer), strict=True)
             self._values |= {answer.steps[:num]: value for num, value in values if value is not None}
         for steps, value in self._values.items():
             self._best[steps[:-1]] = max(value, self._best.get(steps[:-1], 0.0))

@@ -237,10 +237,16 @@ def test_an_outcome_verifier_gets_the_outcome_at_the_last_step_alone():
 
 
 def test_sources_mix_and_each_labels_every_answer():
-    made = labelled([result("a\nR", "b\nX")], "tree", "outcomes")
-    assert sorted((e.steps, e.source) for e in made.examples) == [
-        (steps, source) for steps in (("a\n", "R"), ("b\n", "X")) for source in ("outcomes", "tree")
-    ]
+    made = labelled([result("a\nR", "b\nX")], "tree", "tree_siblings", "outcomes")
+    found = {(e.source, e.steps): (e.labels, e.outcome) for e in made.examples}
+    assert found == {
+        ("tree", ("a\n", "R")): ((1.0, 1.0), True),  # outcomes join the first source
+        ("tree", ("b\n", "X")): ((0.0, 0.0), False),
+        ("tree_siblings", ("a\n", "R")): ((1.0, 1.0), None),
+        ("tree_siblings", ("b\n", "X")): ((0.0, None), None),  # nothing after b ever succeeds
+    }
+    alone = labelled([result("a\nR", "b\nX")], "outcomes")
+    assert {(e.source, e.outcome) for e in alone.examples} == {("outcomes", True), ("outcomes", False)}
 
 
 # ---------------------------------------------------------------- filters, counts, caps
