@@ -527,7 +527,11 @@ class Revision(Section):
     """
 
     enabled: bool = False
-    problems: PositiveInt = Field(default=1000, description="training problems on which the winner draws fresh answers")
+    problems: PositiveInt = Field(
+        default=2000,
+        description="training problems: on one part of them the winner draws fresh answers to train on, the other, "
+        "verifier.problems but at most half, is kept for the verifier",
+    )
     samples: PositiveInt = Field(default=16, description="fresh answers of each; the paper draws 64")
     max_attempts: PositiveInt = Field(default=4, description="wrong answers shown: 0 to as many, each as often")
     per_problem: PositiveInt = Field(default=4, description="distinct right answers trained on of one problem")

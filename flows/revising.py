@@ -73,9 +73,17 @@ def reviser(context: Context, inputs: Inputs, out: Path) -> None:
 
 def _draw(context: Context, inputs: Inputs, out: Path) -> Spend:
     """Fresh answers of the winner to training problems, in `out/pool-samples`."""
+    problems, num = _labelled(context, inputs)[0], context.config.revision.samples
+    return run_jobs(context, inputs, out, [pool_job("samples", problems, num, _stage(context))])
+
+
+def _labelled(context: Context, inputs: Inputs) -> tuple[list[Problem], list[Problem]]:
+    """The training problems on which the winner draws fresh answers for the reviser, and those kept for the verifier
+    of its chains: on what the reviser was trained on, it is right too often."""
     settings = context.config.revision
     problems = read_problems(inputs["problems"] / "labels.jsonl")[: settings.problems]
-    return run_jobs(context, inputs, out, [pool_job("samples", problems, settings.samples, _stage(context))])
+    num = min(settings.verifier.problems, len(problems) // 2) if settings.verified else 0
+    return problems[num:], problems[:num]
 
 
 def _train(context: Context, inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -109,13 +117,15 @@ def _train(context: Context, inputs: Inputs, out: Path) -> dict[str, Any]:
 def _write_rows(context: Context, inputs: Inputs, out: Path) -> dict[str, Any]:
     config, task = context.config, load_task(context.config)
     tokenizer, room = _speaks(context, policy_path(inputs["policy"]))
+    held_out = is_held_out(config, task, inputs["problems"])
+    kept = {problem.key for problem in _labelled(context, inputs)[1]}
     made = revisions.make_rows(
         _samples(context, inputs, out),
         config.revision,
         render=lambda problem, attempts: revision_prompt(task, tokenizer, problem, attempts, room)[0],
         solution_key=task.solution_key,
         seed=config.loop.seed,
-        held_out=is_held_out(config, task, inputs["problems"]),
+        held_out=lambda key: key in kept or held_out(key),
         solved_keys=getattr(task, "solved_keys", None),
     )
     with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -185,8 +195,7 @@ def _verify(context: Context, inputs: Inputs, out: Path, chosen: str) -> tuple[d
         return {"usable": False}, Spend()
     from distill.verifier import train
 
-    problems = read_problems(inputs["problems"] / "labels.jsonl")[: settings.problems]
-    job = _chains("chains-train", problems, settings.samples, 1.0, context, "train")
+    job = _chains("chains-train", _labelled(context, inputs)[1], settings.samples, 1.0, context, "train")
     spend = run_jobs(context, {"policy": out / "model"}, out, [job])
     results = ((context.round, result) for name in ("train", chosen) for result in read_results(out / f"chains-{name}"))
     render = functools.partial(prompt_ids, task, _speaks(context, out / "model")[0])

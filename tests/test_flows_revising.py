@@ -64,7 +64,7 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
         tokenizer.save_pretrained(places[name] / "model")
     sizes = {"fit": 8, "validation": 8, "gate": 4, "test": 4}
     drawn = {name: task.draw(name, num, stream=name) for name, num in sizes.items()}
-    drawn |= {name: task.draw("train", 12, stream=name) for name in ("labels", "search")}
+    drawn["labels"] = drawn["search"] = task.draw("train", 12, stream="search")
     for name, problems in drawn.items():
         write_problems(problems, places["problems"] / f"{name}.jsonl")
     write_results([searched(task, tokenizer, p) for p in drawn["search"]], places["search@001"] / "shard-00000.jsonl")
@@ -83,9 +83,12 @@ def run(inputs: dict[str, Path], out: Path, *more: str) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics(out: Path) -> dict[str, float]:
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return {row["name"]: row["value"] for row in rows}
+    return {row["name"]: row["value"] for row in read_lines(out / "metrics.jsonl")}
 
 
 NO_VERIFIER = ("revision.verified=false",)
@@ -112,7 +115,7 @@ def test_a_reviser_is_trained_chosen_and_measured(inputs, tmp_path):
 def test_only_right_answers_are_trained_on_and_prompts_are_those_of_search(inputs, tmp_path):
     run(inputs, tmp_path / "out", *NO_VERIFIER)
     task, tokenizer = load_task(settings()), build_tokenizer()
-    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "out" / "rows.jsonl")
     for row in rows:
         question = row["key"] + "\n"
         prompt = tokenizer.decode(row["prompt_ids"])
@@ -136,9 +139,13 @@ def test_the_verifier_of_chains_reads_the_attempts(inputs, tmp_path, monkeypatch
     assert report["verifier"] == {"usable": True, "training": report["verifier"]["training"]}
     card = Card.load(tmp_path / "out" / "verifier")
     assert (card.kind, card.history) == ("orm", True)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "examples.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "out" / "examples.jsonl")
     assert {len(row.get("attempts", ())) for row in rows} >= {0, 1}
     assert {row["outcome"] for row in rows} == {True, False}
+    trained_on = {row["key"] for row in read_lines(tmp_path / "out" / "rows.jsonl")}
+    asked = {result.problem.key for result in read_results(tmp_path / "out" / "chains-train")}
+    assert len(asked) == 6
+    assert not asked & trained_on  # there it would be right too often
     assert "revision/gain_verifier" in metrics(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "spend.json").read_text())["verifier_tokens"] > 0
 
