@@ -228,7 +228,9 @@ def _health(context: Context, inputs: Inputs, out: Path, folder: Path) -> tuple[
     scored, spend = score_answers(pool, scorer, task)
     rolled = read_results(out / "values") if scorer.facts.process and any((out / "values").glob("shard-*")) else ()
     valued, cost = _values(rolled, scorer)
-    return measure(scored, task=task, process=scorer.facts.process, values=valued), spend + cost
+    facts = scorer.facts
+    found = measure(scored, task=task, process=facts.process, aggregation=facts.aggregation, values=valued)
+    return found, spend + cost
 
 
 def score_answers(pool: Sequence[SearchResult], verifier: Verifier, task: Task) -> tuple[list[SearchResult], Spend]:

@@ -237,6 +237,15 @@ def test_steps_are_held_against_the_tasks_labels():
     assert "step_auc" not in measure(pools, task=LineTask()).figures  # has no step labels
 
 
+def test_a_step_is_measured_by_what_search_sees_of_it():
+    """A verifier of single steps calls the steps after a wrong one right; the product of all so far does not."""
+    scored = [(0.9, 0.9, 0.9, 0.9, 0.9), (0.9, 0.9, 0.1, 0.9, 0.9)]
+    pools = [chain_pool(str(i), "1\n2\n3\n4\n5", "1\n2\n9\n4\n5", scores=scored) for i in range(6)]
+    assert value(measure(pools, task=ChainTask()), "step_auc") < 0.8
+    assert value(measure(pools, task=ChainTask(), aggregation="min"), "step_auc") == 1
+    assert value(measure(pools, task=ChainTask(), aggregation="prod"), "step_auc") == 1
+
+
 def test_an_answer_that_ends_too_early_errs_in_its_last_step():
     scored = [(0.9, 0.9, 0.9, 0.9, 0.9), (0.8, 0.2)]
     health = measure([chain_pool(str(i), "1\n2\n3\n4\n5", "1\n2", scores=scored) for i in range(4)], task=ChainTask())

@@ -21,9 +21,9 @@ import numpy as np
 from search import evaluate, stats
 from search.errors import DataError
 from search.evaluate import Pool
-from search.policy import steps_of
+from search.policy import AGGREGATE, steps_of
 from search.stats import Estimate, Floats, PairedDifference
-from search.types import Candidate, Grade, SearchResult, Task
+from search.types import Aggregation, Candidate, Grade, SearchResult, Task
 from search.verifiers import health_measures as measures
 from search.verifiers.health_measures import CalibrationPoint, LengthPoint, Steps, finite
 from search.verifiers.health_selection import Alarm, Selection, selection
@@ -132,17 +132,19 @@ def measure(
     *,
     task: Task | None = None,
     process: bool = True,
+    aggregation: Aggregation = "last",
     values: Sequence[PrefixValue] = (),
     seed: object = 0,
 ) -> Health:
     """The figures of a verifier whose scores the candidates of `results` carry; one line is held at a time.
 
     `task`: with step labels (`task.step_labels`) the steps are measured too, unless `process` is False: an outcome
-    verifier has one score an answer. Problems that failed are left out and counted. Raises DataError where nothing can
+    verifier has one score an answer. A step is measured by the aggregated score up to it, as search uses it: a label
+    says whether it and all before are right. Problems that failed are left out and counted. Raises DataError where nothing can
     be measured, for a score that is no number in [0, 1], for step scores that do not fit the steps, for impossible
     rollout counts, and for a problem that comes twice.
     """
-    read = _Reader(task if process and hasattr(task, "step_labels") else None)
+    read = _Reader(task if process and hasattr(task, "step_labels") else None, aggregation)
     for result in results:
         read.add(result)
     if not read.keys:
@@ -172,8 +174,9 @@ def measure(
 class _Reader:
     """Flat lists over all answers measured, and the pools of their problems."""
 
-    def __init__(self, task: Any) -> None:
+    def __init__(self, task: Any, aggregation: Aggregation) -> None:
         self._task = task
+        self._aggregate = AGGREGATE[aggregation]
         self._seen: set[str] = set()
         self.pools: list[Pool] = []
         self.keys: list[str] = []  # of the problem of each answer
@@ -231,7 +234,7 @@ class _Reader:
         labels = [bool(label) for label in self._task.step_labels(result.problem, candidate.text)][:num]
         labels += [all(labels) and right] * (num - len(labels))
         labels[-1] = labels[-1] and right
-        return Steps(key, scores, tuple(labels))
+        return Steps(key, tuple(self._aggregate(scores[: s + 1]) for s in range(num)), tuple(labels))
 
 
 def _by_problem(scores_I: Floats, correct_I: Floats, keys_I: Sequence[str]) -> dict[str, OfProblem]:
