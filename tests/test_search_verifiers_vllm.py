@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from configs.schema import Model, VerifierRuntime, VllmEngine
-from search.errors import ConfigError, ModelError
+from search.errors import ConfigError, EngineError, ModelError
 from search.types import Request, ScoreRequest
 from search.verifiers.heads import StateHead, calibrated
 from search.verifiers.layout import Encoded
@@ -227,7 +228,7 @@ def test_without_a_cache_everything_is_computed_and_long_inputs_in_parts(tmp_pat
 
 @with_vllm
 def test_a_policy_and_a_verifier_live_together(tmp_path: Path) -> None:
-    """The second of them gets a process of its own, which ends with it."""
+    """The second of them gets a process of its own, which ends with it; its death is told, and harms no other."""
     from search.engines.vllm import VllmEngine as Engine
     from tests import engine_zoo as zoo
 
@@ -250,6 +251,12 @@ def test_a_policy_and_a_verifier_live_together(tmp_path: Path) -> None:
         while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not os.path.exists(f"/proc/{child}")
+        with running(folder) as verifier:
+            core = verifier._scorer._llm.engine_core  # type: ignore[attr-defined]
+            os.kill(core.resources.engine_manager.processes[0].pid, signal.SIGKILL)
+            for _ in range(2):
+                with pytest.raises(EngineError, match=r"its process died.*verifier.gpu_memory_fraction"):
+                    verifier.score(requests)
         assert [c.ids for c in engine.extend(asked)] == drawn
     finally:
         engine.close()

@@ -90,7 +90,7 @@ class PoolingScorer:
         self._linear = head.linear if isinstance(head, StateHead) else None
         example = _example(decoder, self._linear, max_length)
         self._max_length = max_length
-        self._device = torch.device("cpu" if on_cpu() else "cuda")
+        self._device = torch.device("cpu" if on_cpu() or self._linear is not None else "cuda")  # of the head
         self._dtype = decoder.dtype
         self._num_tokens = decoder.get_input_embeddings().weight.shape[0]
         self._caches = settings.cache_tokens != 0 and not head.reads_tokens
@@ -171,10 +171,12 @@ class PoolingScorer:
             self._remember(names, read)
         results = [self._whole(item, names, read) for item, names, read in zip(items, keys, found, strict=True)]
         missing = [n for n, scored in enumerate(results) if scored is None]
-        again = dict(zip(missing, self._run([items[n] for n in missing], cached=False), strict=True))
-        for n, read in again.items():
+        for n in missing:  # one by one: what is alone is never interrupted
+            read = self._run([items[n]], cached=False)[0]
+            if read.refused is None and len(read.scores) < len(items[n].ends):
+                raise EngineError(f"vLLM returned too few states of an input: use {WORDS.instead}")
             self._remember(keys[n], read)
-            computed = len(items[n].ids) + len(items[n].ids) - found[n].num_cached
+            computed = 2 * len(items[n].ids) - found[n].num_cached
             results[n] = Scored(read.scores, computed_tokens=computed, unscored=read.refused)
         while len(self._known) > MAX_KNOWN:
             self._known.pop(next(iter(self._known)))  # the oldest
@@ -214,8 +216,6 @@ class PoolingScorer:
                     n = flying.pop(output.request_id, None)
                     if n is not None:  # else of a call that was interrupted
                         found[n] = self._read(items[n], output.outputs.data, output.num_cached_tokens or 0)
-        except EngineError:
-            raise
         except Exception as error:  # noqa: BLE001 - whatever ends vLLM
             cause = self._core.told(error)
             self._dead = EngineError(
@@ -264,11 +264,8 @@ class PoolingScorer:
         """`data`: logits or states of the tokens after the cached ones, or of the last one alone."""
         start = len(item.ids) - 1 if self._last_only(item) else num_cached
         rows_TX = data.view(len(item.ids) - start, -1) if self._last_only(item) else data
-        if len(rows_TX) != len(item.ids) - start:
-            raise EngineError(
-                f"vLLM returned {len(rows_TX)} states of an input of {len(item.ids)} tokens, {num_cached} of them "
-                f"cached: use {WORDS.instead}"
-            )
+        if len(rows_TX) != len(item.ids) - start:  # it was interrupted, for lack of memory, and begun again
+            return _Read((), 0)
         ends = [end for end in item.ends if end >= start]
         if not ends:
             return _Read((), num_cached)
