@@ -345,6 +345,14 @@ class TrainedVerifier(VerifierRuntime):
         default=False, description="train on answers without an extractable answer too, as wrong ones"
     )
     max_examples: PositiveInt = Field(default=50_000, description="answers trained on; the newest rounds come first")
+    wrong_per_right: float | None = Field(
+        default=None,
+        gt=0,
+        description="at most so many wrong answers for each right one of a question, at least one; default: all",
+    )
+    prefix_weight: float = Field(
+        default=1.0, gt=0, description="of the labels of steps before the last, which a few answers only estimate"
+    )
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
     epochs: float = Field(default=1, gt=0, description="at most; the best weights on validation are kept")
@@ -537,7 +545,7 @@ class Revision(Section):
     per_problem: PositiveInt = Field(default=4, description="distinct right answers trained on of one problem")
     per_answer: PositiveInt = Field(default=1, description="trajectories that end in one right answer")
     keep_right: Fraction = Field(
-        default=0.3,
+        default=0.5,
         description="share of trajectories whose last attempts are right already, and stay: not the paper's",
     )
     init: Literal["base", "policy"] = Field(
