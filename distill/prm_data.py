@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,14 +28,15 @@ MIN_QUESTIONS = 2  # on either side of the split
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example. `targets` has one entry a step and, last, the outcome of the whole answer."""
+    """One example. `targets` and `weights` have one entry a step and, last, one of the whole answer's outcome."""
 
     key: str
     ids: array[int]
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     targets: tuple[float, ...]
-    weight: float
+    weights: tuple[float, ...]
+    copies: float  # equal answers that it stands for
     right: float | None  # whether the answer is right, where it is finished and its label says so
 
     @property
@@ -47,9 +49,11 @@ class Rows:
     """Encoded examples: what is trained on, what is held out, what was dropped and why."""
 
     train: list[Row]
-    validation: list[Row]
+    validation: list[Row]  # for early stopping: chosen as those trained on are
+    spare: list[Row]  # the other held-out answers: with them for aggregation and calibration
     dropped_too_long: int
     dropped_unlabelled: int
+    dropped_wrong: int  # more than `wrong_per_right` allows
     flipped: int
     digest: str  # of the examples, in order
 
@@ -80,7 +84,7 @@ def encode(
     for example in kept:
         example, num_flipped = _flip(example, settings.flip_labels)
         flipped += num_flipped
-        row = _row(example, layout, task.step_delimiter, process=settings.kind == "prm")
+        row = _row(example, layout, task.step_delimiter, settings)
         if row.num_terms == 0:
             unlabelled += 1
         elif len(row.ids) > settings.max_length:
@@ -92,8 +96,31 @@ def encode(
             f"nothing to train a verifier on: of {len(kept)} answers {too_long} are longer than verifier.max_length = "
             f"{settings.max_length} and {unlabelled} have no label"
         )
-    train, validation = split(rows, settings.validation)
-    return Rows(train, validation, too_long, unlabelled, flipped, digest.hexdigest())
+    train, held_out = split(rows, settings.validation)
+    chosen, surplus = balance(train, settings.wrong_per_right)
+    validation, spare = balance(held_out, settings.wrong_per_right)
+    return Rows(chosen, validation, spare, too_long, unlabelled, len(surplus), flipped, digest.hexdigest())
+
+
+def balance(rows: Sequence[Row], wrong_per_right: float | None) -> tuple[list[Row], list[Row]]:
+    """(rows to use, surplus): of each question all right answers and so many wrong ones for each, but at least one.
+
+    Where few answers are right, the wrong ones that tell nothing new would fill most of the batches.
+    """
+    if wrong_per_right is None:
+        return list(rows), []
+    right, wrong = Counter[str](), dict[str, list[int]]()
+    for i, row in enumerate(rows):
+        if row.right is not None and row.right <= 0.5:
+            wrong.setdefault(row.key, []).append(i)
+        elif row.right is not None:
+            right[row.key] += 1
+    surplus: set[int] = set()
+    for key, places in wrong.items():
+        places.sort(key=lambda i: key64("verifier", "wrong", key, *rows[i].ids))
+        surplus.update(places[max(1, round(wrong_per_right * right[key])) :])
+    kept = [row for i, row in enumerate(rows) if i not in surplus]
+    return kept, [rows[i] for i in sorted(surplus)]
 
 
 def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -113,19 +140,21 @@ def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Right-padded ids [B, T], starts and ends [B, S] (0: no step), labels [B, S + 1] and weights [B]."""
+    """Right-padded ids [B, T], starts and ends [B, S] (0: no step), labels and weights [B, S + 1]."""
     width, steps = max(len(row.ids) for row in rows), max(len(row.ends) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     starts = torch.zeros(len(rows), steps, dtype=torch.long)
     ends = torch.zeros(len(rows), steps, dtype=torch.long)
     labels = torch.full((len(rows), steps + 1), IGNORED)
+    weights = torch.zeros(len(rows), steps + 1)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         starts[i, : len(row.starts)] = torch.tensor(row.starts)
         ends[i, : len(row.ends)] = torch.tensor(row.ends)
         labels[i, : len(row.ends)] = torch.tensor(row.targets[:-1])
         labels[i, -1] = row.targets[-1]
-    weights = torch.tensor([row.weight for row in rows])
+        weights[i, : len(row.ends)] = torch.tensor(row.weights[:-1])
+        weights[i, -1] = row.weights[-1]
     return {"input_ids": ids, "starts": starts, "ends": ends, "labels": labels, "weights": weights}
 
 
@@ -172,13 +201,13 @@ def _with(example: StepExample, labels: tuple[float | None, ...], outcome: bool 
     return StepExample.from_json(row)
 
 
-def _row(example: StepExample, layout: OwnLayout, delimiter: str, *, process: bool) -> Row:
+def _row(example: StepExample, layout: OwnLayout, delimiter: str, settings: TrainedVerifier) -> Row:
     request = ScoreRequest(example.problem, example.steps, example.attempts)
     encoded, finished = layout.encode(request), request.finished(delimiter)
     labels = example.labels or (None,) * len(example.steps)
     last = example.outcome if example.outcome is not None else labels[-1]
     right = float(last) if finished and last is not None else None
-    if process:
+    if settings.kind == "prm":
         steps = [IGNORED if label is None else float(label) for label in labels]
         outcome = IGNORED if example.outcome is None else float(example.outcome)
     else:  # one score, one target
@@ -189,6 +218,7 @@ def _row(example: StepExample, layout: OwnLayout, delimiter: str, *, process: bo
         starts=encoded.starts,
         ends=encoded.ends,
         targets=(*steps, outcome),
-        weight=example.weight,
+        weights=tuple(example.weight * share for share in (*[settings.prefix_weight] * (len(steps) - 1), 1.0, 1.0)),
+        copies=example.weight,
         right=right,
     )

@@ -54,7 +54,7 @@ def fit(rows: Sequence[Row], logits: Sequence[Sequence[float]], wanted: Wanted, 
     chosen: Aggregation = "last" if not process else wanted if wanted != "choose" else _best(found)
     scale, shift = 1.0, 0.0
     if enough:
-        weights = torch.tensor([rows[i].weight for i in answers], dtype=torch.float64)
+        weights = torch.tensor([rows[i].copies for i in answers], dtype=torch.float64)
         scale, shift = _platt(chosen, padded, there, torch.tensor(right), weights)
     scores = AGGREGATE[chosen](scale * padded + shift, there).exp().numpy() if answers else np.zeros(0)
     return Fitted(
@@ -120,9 +120,7 @@ def _padded(logits: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tens
     return values.reshape(-1, width), there.reshape(-1, width)
 
 
-def _answer_scores(
-    names: Sequence[Aggregation], logits: torch.Tensor, there: torch.Tensor
-) -> dict[str, np.ndarray]:
+def _answer_scores(names: Sequence[Aggregation], logits: torch.Tensor, there: torch.Tensor) -> dict[str, np.ndarray]:
     return {name: AGGREGATE[name](logits, there).exp().numpy() for name in names}
 
 

@@ -106,17 +106,17 @@ def place(init: Path, base: Path | None) -> tuple[Path, Path | None]:
 
 
 def loss_sum(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weighted sum of all terms: logits [B, S], labels [B, S + 1], weights [B]. Divide by `num_terms`."""
+    """The weighted sum of all terms: logits [B, S], labels and weights [B, S + 1]. Divide by `num_terms`."""
     labels, weights = batch["labels"], batch["weights"]
     steps, outcomes = labels[:, :-1], labels[:, -1]
     marked = steps != IGNORED
     safe = torch.where(marked, steps, torch.zeros_like(steps))
     nats = F.binary_cross_entropy_with_logits(logits, safe, reduction="none") * marked
-    total = (nats.sum(1) * weights).sum()
+    total = (nats * weights[:, :-1]).sum()
     known = outcomes != IGNORED
     if bool(known.any()):
         some = instance_loss(logits[known], batch["ends"][known] > 0, outcomes[known])
-        total = total + (some * weights[known]).sum()
+        total = total + (some * weights[known, -1]).sum()
     return total
 
 
@@ -132,7 +132,7 @@ def instance_loss(logits: torch.Tensor, there: torch.Tensor, outcomes: torch.Ten
 
 def num_terms(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The weighted number of terms of `loss_sum`."""
-    return ((batch["labels"] != IGNORED).sum(1) * batch["weights"]).sum()
+    return ((batch["labels"] != IGNORED) * batch["weights"]).sum()
 
 
 @torch.no_grad()

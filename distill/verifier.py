@@ -50,6 +50,7 @@ class Report:
     validation_questions: int
     dropped_too_long: int
     dropped_unlabelled: int
+    dropped_wrong: int  # surplus over `wrong_per_right`
     flipped_labels: int
     trained_tokens: int  # forward and backward, all epochs
     scored_tokens: int  # forward only: validation
@@ -193,11 +194,12 @@ class _Run:
             return None
         self.trainer.check(resume, self.out / "checkpoints")
         best = self.trainer.load_best()
-        held_out = self.rows.validation
-        logits, loss = step_logits(self.scorer, held_out, self.micro_batch_size, self.trainer.args.device)
+        rows, device = self.rows, self.trainer.args.device
+        logits, loss = step_logits(self.scorer, rows.validation, self.micro_batch_size, device)
+        logits += step_logits(self.scorer, rows.spare, self.micro_batch_size, device)[0]
         process = self.settings.kind == "prm"
-        fitted = fit(held_out, logits, self.settings.aggregation, process=process)
-        report = self._report(best, loss if held_out else None, fitted)
+        fitted = fit([*rows.validation, *rows.spare], logits, self.settings.aggregation, process=process)
+        report = self._report(best, loss if rows.validation else None, fitted)
         self._save()
         self.log.write(self.trainer.state.log_history, _metrics(report))
         return report, fitted
@@ -225,9 +227,10 @@ class _Run:
             validation_questions=_questions(rows.validation),
             dropped_too_long=rows.dropped_too_long,
             dropped_unlabelled=rows.dropped_unlabelled,
+            dropped_wrong=rows.dropped_wrong,
             flipped_labels=rows.flipped,
             trained_tokens=round(_tokens(rows.train) * self.settings.epochs),
-            scored_tokens=_tokens(rows.validation) * checks,
+            scored_tokens=_tokens(rows.validation) * checks + _tokens(rows.spare),
             parameters=sum(p.numel() for p in parameters),
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
             micro_batch_size=self.micro_batch_size,

@@ -140,7 +140,9 @@ def sigmoid(z: float) -> float:
 def row(targets: tuple[float, ...], outcome: float = IGNORED, weight: float = 1.0, key: str = "k") -> Row:
     steps = len(targets)
     ends = tuple(range(2, 2 + steps))
-    return Row(key, array("l", range(3, 5 + steps)), ends, ends, (*targets, outcome), weight, None)
+    return Row(
+        key, array("l", range(3, 5 + steps)), ends, ends, (*targets, outcome), (weight,) * (steps + 1), 1.0, None
+    )
 
 
 # ------------------------------------------------------------ losses
@@ -289,6 +291,31 @@ def test_nothing_to_train_on_is_an_error(base: Path, tmp_path: Path) -> None:
         run(tmp_path, base, SETTINGS.model_copy(update={"max_length": 5}))
     with pytest.raises(TrainingError, match="of 0 answers"):
         run(tmp_path, base, examples=[])
+
+
+def test_wrong_answers_are_trained_on_in_proportion() -> None:
+    tokenizer, settings = build_tokenizer(), SETTINGS.model_copy(update={"wrong_per_right": 1.0})
+    everything = encode(EXAMPLES, SETTINGS, TASK, tokenizer, history=False)
+    some = encode(EXAMPLES[::-1], settings, TASK, tokenizer, history=False)
+    for key in {r.key for r in everything.train}:
+        before = [r.right for r in everything.train if r.key == key]
+        after = [r.right for r in some.train if r.key == key]
+        assert after.count(1.0) == before.count(1.0)
+        assert after.count(0.0) == min(before.count(0.0), max(1, before.count(1.0)))
+    assert some.dropped_wrong == len(everything.train) - len(some.train) > 0
+    same = {(r.key, tuple(r.ids)) for r in (*some.validation, *some.spare)}
+    assert same == {(r.key, tuple(r.ids)) for r in everything.validation}, "held-out answers are all measured"
+    assert some.spare
+
+
+def test_labels_of_earlier_steps_may_weigh_less() -> None:
+    settings = all_of(SETTINGS).model_copy(update={"prefix_weight": 0.25})
+    (one,) = encode([replace(EXAMPLES[0], weight=2.0)], settings, TASK, build_tokenizer(), history=False).train
+    assert one.weights == (0.5, 2.0, 2.0)
+    batch = collate([replace(one, targets=(1.0, 0.0, IGNORED))])
+    by_hand = 0.5 * bce(sigmoid(0.3), 1.0) + 2 * bce(sigmoid(-0.8), 0.0)
+    assert float(loss_sum(torch.tensor([[0.3, -0.8]]), batch)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(num_terms(batch)) == 2.5
 
 
 def test_the_newest_rounds_are_kept() -> None:
