@@ -353,11 +353,16 @@ def test_memory_holds_a_shard_and_no_more(tmp_path, streaming):
     problems = [Problem(f"p{n}", f"p{n}", "A") for n in range(2000)]
     live = []
 
+    def count():
+        kinds = [type(thing) for thing in gc.get_objects()]
+        return kinds.count(SearchResult), kinds.count(Candidate)
+
+    others = count()  # what other tests' fixtures hold
+
     def progress(done, total, **more):
         plain.log.clear()
         if done >= 400 * (len(live) + 1):  # a look at every object takes long
-            kinds = [type(thing) for thing in gc.get_objects()]
-            live.append((kinds.count(SearchResult), kinds.count(Candidate)))
+            live.append(tuple(now - before for now, before in zip(count(), others, strict=True)))
 
     shards(engine, tmp_path, problems, size=50, strategy="majority", progress=progress)
     assert len(live) >= 5
