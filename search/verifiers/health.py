@@ -140,9 +140,9 @@ def measure(
 
     `task`: with step labels (`task.step_labels`) the steps are measured too, unless `process` is False: an outcome
     verifier has one score an answer. A step is measured by the aggregated score up to it, as search uses it: a label
-    says whether it and all before are right. Problems that failed are left out and counted. Raises DataError where nothing can
-    be measured, for a score that is no number in [0, 1], for step scores that do not fit the steps, for impossible
-    rollout counts, and for a problem that comes twice.
+    says whether it and all before are right. Problems that failed are left out and counted. Raises DataError where
+    nothing can be measured, for a score that is no number in [0, 1], for step scores that do not fit the steps, for
+    impossible rollout counts, and for a problem that comes twice.
     """
     read = _Reader(task if process and hasattr(task, "step_labels") else None, aggregation)
     for result in results:
