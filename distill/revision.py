@@ -6,8 +6,9 @@ character edits, so that the model learns to edit instead of beginning anew, the
 
 Ours, and not the paper's: in a share of the trajectories (`keep_right`) the last attempts are right already and the
 answer repeats them. The paper's contexts hold nothing but wrong answers, and its model turns 38 % of the right ones
-into wrong ones; and several trajectories may end in one answer (`per_answer`), the next-nearest wrong sample then
-being the last. Left out: chains drawn by the policy itself as training data (the paper's appendix P: they hurt).
+into wrong ones. Its default of one half is a choice: shares were not compared at equal training. And several
+trajectories may end in one answer (`per_answer`), the next-nearest wrong sample then being the last. Left out: chains
+drawn by the policy itself as training data (the paper's appendix P: they hurt).
 """
 
 from __future__ import annotations
