@@ -191,12 +191,13 @@ def test_nothing_to_learn_from_keeps_the_old_one(inputs, tmp_path):
     assert metrics(tmp_path / "out") == {"verifier/usable": 0.0}
 
 
-def test_a_described_verifier_is_the_loaded_one(made):
+@pytest.mark.parametrize("more", [(), ("verifier.type=pretrained", "verifier.format=ratchet", "verifier.path={}")])
+def test_a_described_verifier_is_the_loaded_one(made, more):
     out, _ = made
-    config = settings()
+    config = load.load("arithmetic", [text.format(out) for text in more]) if more else settings()
     task = load_task(config)
-    loaded = load_verifier(config, task, trained=out)
-    told = describe(config, task, trained=out)
+    loaded = load_verifier(config, task, trained=None if more else out)
+    told = describe(config, task, trained=None if more else out)
     assert loaded is not None
     assert told is not None
     assert (loaded.facts.process, loaded.facts.aggregation) == (told.process, told.aggregation)

@@ -55,15 +55,19 @@ def describe(config: Config, task: Task, *, trained: Path | None = None) -> Veri
         loaded = load_verifier(config, task)
         return loaded.facts if loaded else None
     digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
-    if settings.type == "trained":
-        if trained is None:
-            return None
-        from search.verifiers.card import Card
+    if settings.type == "trained" and trained is None:
+        return None
+    folder = trained if settings.type == "trained" else None
+    if settings.type == "pretrained" and settings.format == "ratchet":
+        folder = Path(settings.path)
+    if folder is not None:
+        from search.verifiers.card import CARD, READOUT, Card
 
-        for path in sorted(p for p in trained.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        card = Card.load(trained)
+        card = Card.load(folder)
+        for path in (folder / CARD, folder / READOUT, *sorted((folder / "model").glob("*"))):
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         return VerifierFacts(digest.hexdigest()[:16], 0, card.kind == "prm", card.aggregation)
     aggregation: Aggregation = "last"
     if settings.type == "pretrained":
