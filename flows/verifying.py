@@ -41,18 +41,28 @@ def verifier(context: Context, inputs: Inputs, out: Path) -> None:
     settings = context.config.verifier
     assert isinstance(settings, TrainedVerifier)
     spend = _draw(context, inputs, out, settings)
+    report: dict[str, Any] = {}
+    metrics: dict[str, float | tuple[float, float]] = {}
     try:
-        trained = _train(context, inputs, out, settings)
+        report["training"] = _train(context, inputs, out, settings)
+        spend += training_spend(report["training"])
+        found, rows, cost = _measure(context, inputs, out)
+        spend += cost
+        report |= found
+        metrics = {row["name"]: (row["value"], row["se"]) if "se" in row else row["value"] for row in rows}
     except (DataError, TrainingError) as error:
-        write_json(out / "report.json", {"usable": False, "reason": str(error)})
-        write_json(out / "spend.json", spend.to_json())
-        write_metrics(out, {"verifier/usable": 0.0})
-        return
-    spend += training_spend(trained)
-    new, cost = _health(context, inputs, out, out)
-    spend += cost
-    report: dict[str, Any] = {"training": trained, **_judged(new)}
-    rows = new.metrics()
+        report |= {"usable": False, "reason": str(error)}
+    write_json(out / "report.json", report)
+    write_json(out / "spend.json", spend.to_json())
+    write_metrics(out, metrics | {"verifier/usable": float(report["usable"])})
+
+
+def _measure(context: Context, inputs: Inputs, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Spend]:
+    """Its health, beside that of the verifier before it: what the report says, metrics, cost. Raises DataError."""
+    from flows.plots_verifier import save_health
+
+    new, spend = _health(context, inputs, out, out)
+    report, rows = _judged(new), new.metrics()
     if "previous" in inputs:
         old, cost = _health(context, inputs, out, inputs["previous"])
         spend += cost
@@ -61,14 +71,9 @@ def verifier(context: Context, inputs: Inputs, out: Path) -> None:
         rows += found.metrics()
         if report["usable"] and found.verdict == "worse":
             report |= {"usable": False, "reason": "worse than the verifier before it, on the same fresh answers"}
-    rows.append({"name": "verifier/usable", "value": float(report["usable"])})
     write_json(out / "health.json", new.to_json())
-    write_json(out / "report.json", report)
-    write_json(out / "spend.json", spend.to_json())
-    write_metrics(out, {row["name"]: (row["value"], row["se"]) if "se" in row else row["value"] for row in rows})
-    from flows.plots_verifier import save_health
-
     save_health(new, out / "health.png")
+    return report, rows, spend
 
 
 def _judged(health: Health) -> dict[str, Any]:

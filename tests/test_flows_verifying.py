@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,18 @@ def test_nothing_to_learn_from_keeps_the_old_one(inputs, tmp_path):
     assert not report["usable"]
     assert "answer" in report["reason"]
     assert metrics(tmp_path / "out") == {"verifier/usable": 0.0}
+
+
+def test_a_policy_that_answers_nothing_ends_no_round(inputs, tmp_path):
+    empty = tmp_path / "pools"
+    empty.mkdir()
+    (empty / "pool-fit.jsonl").write_bytes((inputs["pools"] / "pool-fit.jsonl").read_bytes())
+    drawn = list(read_results(inputs["pools"] / "pool-validation.jsonl"))
+    cut = [r.with_candidates([replace(c, finish=Finish.LENGTH) for c in r.candidates]) for r in drawn]
+    write_results(cut, empty / "pool-validation.jsonl")
+    report = run(inputs | {"pools": empty}, tmp_path / "out", "verifier.epochs=1")
+    assert not report["usable"]
+    assert "measured" in report["reason"]
 
 
 @pytest.mark.parametrize("more", [(), ("verifier.type=pretrained", "verifier.format=ratchet", "verifier.path={}")])

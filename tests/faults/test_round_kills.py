@@ -32,6 +32,9 @@ SMALL = [
     "evaluate.k=[1,8]",
     "difficulty.problems=60",
     "difficulty.samples=4",
+    "verifier.problems=100",
+    "verifier.samples=8",
+    "verifier.checks=4",
 ]
 NUM_KILLS = 5
 
