@@ -8,6 +8,7 @@ right. Left out: a calibration for each depth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from distill.prm_data import IGNORED, Row
+from search import stats
 from search.types import Aggregation
+from search.verifiers.health_measures import members
 
 Wanted = Literal["choose", "last", "min", "prod", "mean"]
 
@@ -70,20 +73,13 @@ def fit(rows: Sequence[Row], logits: Sequence[Sequence[float]], wanted: Wanted, 
 
 def auc(right: np.ndarray, scores: np.ndarray) -> float | None:
     """The chance that a right one scores above a wrong one, ties half; None without both."""
-    num_right, num_wrong = int(right.sum()), int((~right).sum())
-    if not num_right or not num_wrong:
-        return None
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
-    return float((ranks[right].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+    found = stats.auroc(scores, right)
+    return None if math.isnan(found) else found
 
 
 def auc_within(keys: Sequence[str], right: np.ndarray, scores: np.ndarray) -> float | None:
     """The mean AUC over the questions that have right and wrong answers; None where there is none."""
-    members: dict[str, list[int]] = {}
-    for i, key in enumerate(keys):
-        members.setdefault(key, []).append(i)
-    found = [auc(right[some], scores[some]) for some in members.values()]
+    found = [auc(right[some], scores[some]) for some in members(keys).values()]
     known = [value for value in found if value is not None]
     return float(np.mean(known)) if known else None
 

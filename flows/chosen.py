@@ -47,11 +47,12 @@ def choose(config: Config, runs_dir: Path, model: str) -> Chosen:
         raise DataError(f"loop {config.loop.name} has no champion yet: run `ratchet round` first")
     if model == "reviser":
         return _usable(_reviser(config, loop, champion))
-    bundle = champion
+    bundle, policy = champion, loop.resolve(champion.policy)
     if model == "base":
         bundle = next((m.bundle for m in reversed(loop.state.moves) if m.bundle.round == 0), champion)
-    place = loop.resolve(champion.policy) if model == "champion" else Path(model)
-    policy = loop.path / "round-000" / "base" if model == "base" else place
+        policy = loop.path / "round-000" / "base"
+    elif not named:
+        policy = Path(model)
     return _usable(Chosen(config, policy, loop.resolve(bundle.verifier) if bundle.verifier else None))
 
 

@@ -201,13 +201,13 @@ def run_base(run: RoundRun) -> RoundRecord:
     base = run.stage("base", {"problems": problems})
     policy = _model(base.path)
     source = Source(policy, base.id)
-    evaluation = run.stage("evaluate", {"problems": problems, "policy": source})
+    run.stage("evaluate", {"problems": problems, "policy": source})
     difficulty = run.stage("difficulty", {"problems": problems, "policy": source})
     parts = _fit_parts(run, problems, base, source, difficulty, {}, None)
     bundle = Bundle(0, run.loop.part(policy), difficulty=_fitted(run, difficulty), **parts)
     metrics: dict[str, float] = {}
-    for stage in (evaluation, difficulty, *(run.folder.path / name for name in PARTS)):
-        metrics |= read_metrics(stage.path if isinstance(stage, Source) else stage)
+    for stage in ("evaluate", "difficulty", *PARTS):
+        metrics |= read_metrics(run.folder.path / stage)
     record = RoundRecord(
         0, "base", "the base model, as it is", metrics=metrics, models={"champion": bundle.policy.sha256}
     )

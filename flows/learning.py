@@ -40,7 +40,7 @@ def select(context: Context, inputs: Inputs, out: Path) -> None:
         )
     else:
         chosen = selection.select(
-            selection.read_results(_shards(_searched(inputs))),
+            selection.read_results(_shards(searched(inputs))),
             config.select,
             replay=_replay(inputs["base"]),
             prompt_ids=_no_prompt,
@@ -54,7 +54,7 @@ def select(context: Context, inputs: Inputs, out: Path) -> None:
     selection.write_selection(chosen, out)
 
 
-def _searched(inputs: Inputs) -> dict[int, Path]:
+def searched(inputs: Inputs) -> dict[int, Path]:
     """The inputs search@001, search@002, ... by their rounds."""
     return {int(name.partition("@")[2]): path for name, path in inputs.items() if name.startswith("search@")}
 
@@ -62,7 +62,7 @@ def _searched(inputs: Inputs) -> dict[int, Path]:
 def _plain_shards(inputs: Inputs) -> Iterator[tuple[int, Path]]:
     """Of a control: searches that were plain samples themselves, and those that it drew in the place of others."""
     drawn = sorted(inputs["search"].glob("round-*")) if "search" in inputs else []
-    return _shards(_searched(inputs) | {int(folder.name.removeprefix("round-")): folder for folder in drawn})
+    return _shards(searched(inputs) | {int(folder.name.removeprefix("round-")): folder for folder in drawn})
 
 
 def _shards(searched: dict[int, Path]) -> Iterator[tuple[int, Path]]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from distill import revision as revisions
+from distill import select as selection
 from distill.labels import write_examples
-from flows.learning import is_held_out
+from flows.learning import is_held_out, searched
 from flows.stages import Context, Inputs, Job, pool_job, run_jobs, write_json, write_metrics
 from flows.verifying import training_spend
 from search import answers
@@ -136,9 +137,7 @@ def _write_rows(context: Context, inputs: Inputs, out: Path) -> dict[str, Any]:
 
 def _samples(context: Context, inputs: Inputs, out: Path) -> Iterator[tuple[int, SearchResult]]:
     """(round, result): what earlier and this round's searches left, and the winner's fresh answers."""
-    for name in sorted(name for name in inputs if name.startswith("search@")):
-        yield from ((int(name.removeprefix("search@")), result) for result in read_results(inputs[name]))
-    yield from ((context.round, result) for result in read_results(out / "pool-samples"))
+    return selection.read_results([*sorted(searched(inputs).items()), (context.round, out / "pool-samples")])
 
 
 def _speaks(context: Context, model: str | Path) -> tuple[Any, int]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import TrainedVerifier
+from distill import select as selection
 from distill.labels import label, write_examples
 from flows.chosen import load_chosen_verifier
+from flows.learning import searched
 from flows.stages import Context, Inputs, pool_job, run_jobs, write_json, write_metrics
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
@@ -193,14 +195,9 @@ def _forbidden(problems: Path) -> Iterator[Path]:
 
 def _answers(context: Context, inputs: Inputs, out: Path) -> Iterator[tuple[int, SearchResult]]:
     """(round, result): what earlier and this round's searches left, the winner's fresh answers, and rollouts."""
-    for name, folder in inputs.items():
-        if name.startswith("search@"):
-            number = int(name.removeprefix("search@"))
-            yield from ((number, result) for result in read_results(folder))
     fresh: list[Path] = [out / "pool-labels.jsonl", inputs["pools"] / "pool-fit.jsonl"]
     fresh += [out / "rollouts"] if (out / "rollouts").is_dir() else []
-    for path in fresh:
-        yield from ((context.round, result) for result in read_results(path))
+    return selection.read_results([*searched(inputs).items(), *((context.round, path) for path in fresh)])
 
 
 def _fingerprint(inputs: Inputs) -> str:
