@@ -27,7 +27,7 @@ from search.rollouts import Rollouts, prepare, values
 from search.run import run_shards
 from search.sets import read_problems
 from search.tasks import load_task
-from search.types import Candidate, ScoreRequest, SearchResult, Spend, Task, Verifier
+from search.types import Candidate, Scored, ScoreRequest, SearchResult, Spend, Task, Verifier
 from search.verifiers.health import Health, PrefixValue, compare, measure
 
 FORBIDDEN = ("validation", "gate", "test")  # splits that no verifier is fitted to
@@ -236,7 +236,7 @@ def _health(context: Context, inputs: Inputs, out: Path, folder: Path) -> tuple[
 
 
 def score_answers(pool: Sequence[SearchResult], verifier: Verifier, task: Task) -> tuple[list[SearchResult], Spend]:
-    """The pool with the verifier's scores; equal answers are read once. Scores that cannot be used stay as they are."""
+    """The pool with the verifier's scores; equal answers are read once. What it could not read has no score."""
     reads: dict[tuple[str, tuple[str, ...]], ScoreRequest] = {}
     for result in pool:
         for candidate in result.candidates:
@@ -251,7 +251,9 @@ def score_answers(pool: Sequence[SearchResult], verifier: Verifier, task: Task) 
         if not candidate.complete:
             return candidate
         found = known[key, steps_of(candidate, task.step_delimiter)]
-        return replace(candidate, step_scores=found, score=aggregate(found))
+        if found.unscored is not None:
+            return replace(candidate, unscored=found.unscored)
+        return replace(candidate, step_scores=found.scores, score=aggregate(found.scores))
 
     return [replace(r, candidates=tuple(scored(r.problem.key, c) for c in r.candidates)) for r in pool], spend
 
@@ -261,17 +263,15 @@ def _values(rolled: Iterable[SearchResult], verifier: Verifier) -> tuple[list[Pr
     found = [(result.problem, value) for result in rolled for value in values(result)]
     scores, spend = _score([ScoreRequest(problem, value.steps) for problem, value in found], verifier)
     aggregate = AGGREGATE[verifier.facts.aggregation]
-    pairs = zip(found, scores, strict=True)
-    return [PrefixValue(aggregate(s), v.num_correct, v.num, problem.key) for (problem, v), s in pairs], spend
+    pairs = [pair for pair in zip(found, scores, strict=True) if pair[1].unscored is None]
+    return [PrefixValue(aggregate(s.scores), v.num_correct, v.num, p.key) for (p, v), s in pairs], spend
 
 
-def _score(requests: Sequence[ScoreRequest], verifier: Verifier) -> tuple[list[tuple[float, ...]], Spend]:
-    scores: list[tuple[float, ...]] = []
-    tokens = 0
+def _score(requests: Sequence[ScoreRequest], verifier: Verifier) -> tuple[list[Scored], Spend]:
+    scores: list[Scored] = []
     for start in range(0, len(requests), SCORED_TOGETHER):
-        for one in verifier.score(requests[start : start + SCORED_TOGETHER]):
-            scores.append(one.scores)
-            tokens += one.computed_tokens
+        scores += verifier.score(requests[start : start + SCORED_TOGETHER])
+    tokens = sum(one.computed_tokens for one in scores)
     flops = 2.0 * verifier.facts.flops_parameters * tokens
     spent = {name: flops for name in ("flops_ideal", "flops_actual", "verifier_flops_ideal", "verifier_flops_actual")}
     return scores, Spend(verifier_tokens=tokens, **spent)  # pyright: ignore[reportArgumentType]

@@ -235,3 +235,22 @@ def test_equal_answers_are_read_once(inputs):
     for result in scored:
         for candidate in result.candidates:
             assert candidate.score == pytest.approx(math.prod(candidate.step_scores))
+
+
+def test_what_the_verifier_cannot_read_has_no_score(inputs):
+    class Refusing:
+        facts = VerifierFacts("refusing", 10)
+
+        def score(self, requests):
+            read = [Scored((0.5,) * len(r.steps)) for r in requests]
+            return [
+                Scored((), unscored="too long") if "=0" in r.steps[0] else one
+                for r, one in zip(requests, read, strict=True)
+            ]
+
+    pool = list(read_results(inputs["pools"] / "pool-validation.jsonl"))
+    scored, _ = score_answers(pool, Refusing(), load_task(settings()))
+    refused = [c for r in scored for c in r.candidates if c.unscored]
+    assert refused
+    assert all((c.score, c.step_scores, c.unscored) == (None, (), "too long") for c in refused)
+    assert all(c.score == 0.5 for r in scored for c in r.candidates if not c.unscored)
