@@ -26,6 +26,20 @@ class Encoded:
         """Index of the first id of each step."""
         return (self.num_prompt, *(end + 1 for end in self.ends[:-1]))
 
+    def refusal(self, *, reads_tokens: bool, max_length: int, causal: bool = True) -> str | None:
+        """Why no runtime can score it; None: it can be run. `reads_tokens`: its head reads every token of a step."""
+        if not self.ids or not self.ends or (reads_tokens and not self.num_prompt):
+            return "there is nothing to read: a verifier needs a prompt and a step"
+        if reads_tokens and any(b < a for a, b in zip(self.starts, self.ends, strict=True)):
+            return "one of its steps has no token of its own, so there is nothing to score: check the step delimiter"
+        if (num := self.run_length(causal=causal)) > max_length:
+            return f"it has {num} tokens, and the verifier's context only {max_length}: shorten answers or prompt"
+        return None
+
+    def run_length(self, *, causal: bool = True) -> int:
+        """How many of the ids are run: what follows the last end tells a causal model nothing."""
+        return self.ends[-1] + 1 if causal else len(self.ids)
+
 
 class Layout(Protocol):
     """Implementations raise ModelError at construction where tokenizer or vocabulary do not fit the format."""

@@ -35,7 +35,7 @@ from search.verifiers.formats import check_settings, label_ids, layout_of
 from search.verifiers.heads import StateHead, calibrated
 from search.verifiers.layout import Encoded, Layout
 from search.verifiers.runtimes import Scorer, loading_device, start_scorer
-from search.verifiers.trained import Trained, unreadable
+from search.verifiers.trained import Trained, size, unreadable
 
 VALUE_HEAD = "v_head.summary."
 WRAPPED = "pretrained_model"  # what a value-head wrapper may put before the names of the model inside
@@ -103,7 +103,7 @@ def load_pretrained(task: Task, settings: PretrainedVerifier) -> Verifier:
     scorer = start_scorer(decoder, head, settings, max_length=length, causal=_is_causal(decoder))
     facts = VerifierFacts(
         fingerprint=_fingerprint(settings, folder),
-        flops_parameters=_size(decoder) - decoder.get_input_embeddings().weight.numel() + _size(logit),
+        flops_parameters=size(decoder) - decoder.get_input_embeddings().weight.numel() + size(logit),
         process=settings.format != "sequence_classifier",
         aggregation=settings.aggregation,
     )
@@ -319,10 +319,6 @@ def _blank(request: ScoreRequest, delimiter: str) -> str | None:
     if delimiter not in request.steps[-1] and not "".join(request.steps).replace(delimiter, "").strip():
         return "it has no text"
     return None
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -108,7 +108,8 @@ class StateScorer:
         One that cannot be run, longer than the context say, is `unscored`, with the reason.
         """
         kept = [keep] * len(inputs) if isinstance(keep, bool) else keep
-        refused = {row: reason for row, one in enumerate(inputs) if (reason := self._refuse(one))}
+        limits: Any = {"reads_tokens": self._head.reads_tokens, "max_length": self._max_length, "causal": self._causal}
+        refused = {row: reason for row, one in enumerate(inputs) if (reason := one.refusal(**limits))}
         rows_of: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for row, one in enumerate(inputs):
             if row not in refused:
@@ -124,22 +125,9 @@ class StateScorer:
                 )
         return [results[row] for row in range(len(inputs))]
 
-    def _refuse(self, one: Encoded) -> str | None:
-        """Why an input cannot be scored."""
-        if not one.ids or not one.ends or (self._head.reads_tokens and not one.num_prompt):
-            return "there is nothing to read: a verifier needs a prompt and a step"
-        if self._head.reads_tokens and any(b < a for a, b in zip(one.starts, one.ends, strict=True)):
-            return "one of its steps has no token of its own, so there is nothing to score: check the step delimiter"
-        if (num := self._run_length(one)) > self._max_length:
-            return f"it has {num} tokens, and the verifier's context only {self._max_length}: shorten answers or prompt"
-        return None
-
-    def _run_length(self, one: Encoded) -> int:
-        return one.ends[-1] + 1 if self._causal else len(one.ids)
-
     def _item(self, one: Encoded, *, keep: bool) -> _Item:
         num_prompt = min(one.num_prompt, one.ends[0])  # a score inside the prompt is no part of what is shared
-        return _Item(one.ids[: self._run_length(one)], num_prompt, one.ends, keep and self._causal)
+        return _Item(one.ids[: one.run_length(causal=self._causal)], num_prompt, one.ends, keep and self._causal)
 
     def _score_items(self, items: Sequence[_Item]) -> list[Scored]:
         if items and not self._bounded:

@@ -228,19 +228,19 @@ def _head(folder: Path, model: Any, card: Card) -> tuple[StateHead | GenerativeH
     readout = GenerativeReadout.load(folder, model.config.get_text_config().hidden_size)
     readout.to(model.device).eval().requires_grad_(False)
     head = GenerativeHead(readout, model.get_output_embeddings(), scale=card.scale, shift=card.shift)
-    return head, _size(readout)
+    return head, size(readout)
 
 
 def _flops_parameters(model: Any, card: Card) -> int:
     """All but the embeddings; with the output head, also where it is tied to them, if that is read."""
-    total = _size(model) - model.get_input_embeddings().weight.numel()
+    total = size(model) - model.get_input_embeddings().weight.numel()
     if card.readout == "scalar":
         return total
     output = model.get_output_embeddings().weight
     return total + (output.numel() if output is model.get_input_embeddings().weight else 0)
 
 
-def _size(module: nn.Module) -> int:
+def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 

@@ -141,7 +141,7 @@ class PoolingScorer:
         rows_of: dict[_Item, list[int]] = {}
         for row, one in enumerate(inputs):
             if row not in refused:
-                item = _Item(one.ids[: one.ends[-1] + 1], min(one.num_prompt, one.ends[0]), one.ends)
+                item = _Item(one.ids[: one.run_length()], min(one.num_prompt, one.ends[0]), one.ends)
                 rows_of.setdefault(item, []).append(row)
         for (item, rows), scored in zip(rows_of.items(), self._score_items(list(rows_of)), strict=True):
             for row in rows:
@@ -154,12 +154,8 @@ class PoolingScorer:
 
     def _refuse(self, one: Encoded) -> str | None:
         """Why an input cannot be scored."""
-        if not one.ids or not one.ends or (self._head.reads_tokens and not one.num_prompt):
-            return "there is nothing to read: a verifier needs a prompt and a step"
-        if self._head.reads_tokens and any(b < a for a, b in zip(one.starts, one.ends, strict=True)):
-            return "one of its steps has no token of its own, so there is nothing to score: check the step delimiter"
-        if (num := one.ends[-1] + 1) > self._max_length:
-            return f"it has {num} tokens, and the verifier's context only {self._max_length}: shorten answers or prompt"
+        if why := one.refusal(reads_tokens=self._head.reads_tokens, max_length=self._max_length):
+            return why
         if (token := max(one.ids)) >= self._num_tokens:
             return f"its token {token} is none of the verifier's {self._num_tokens}"
         return None
