@@ -43,6 +43,7 @@ class Pool:
     num_ungraded: int
     spend: Spend
     copies: tuple[int, ...] = ()  # how often each distinct finished text was drawn: a verifier reads each once
+    right_copies: tuple[int, ...] = ()  # of these, the right ones
     num_prompt_tokens: int = 0  # computed once, however many samples follow
     failed: str | None = None  # why nothing could be drawn
     unscored: str | None = None  # why the verifier's scores cannot be used
@@ -130,6 +131,7 @@ def reduce_pool(result: SearchResult) -> Pool:
         num_ungraded=sum(ungraded(c) for c in candidates),
         spend=result.spend,
         copies=tuple(Counter(c.text for c in candidates if c.complete).values()),
+        right_copies=tuple(Counter(c.text for c in candidates if solved(c)).values()),
         num_prompt_tokens=len(result.prompt_ids),
         failed=None if drawn else result.failed,
         unscored=result.failed if drawn else None,
@@ -214,7 +216,7 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
         for scored, spent in spends.items():
             spent += [expected_spend(pool, min(k, num), scored=scored) for k in ks]
         for rule in rules:
-            values[rule].append(_values(pool, rule, ks, seed))
+            values[rule].append(chances(pool, rule, ks, seed=seed))
     if smallest:
         raise DataError(
             f"k = {max(ks)} needs {max(ks)} samples of every problem, but '{smallest[1]}' has {smallest[0]}; "
@@ -239,7 +241,9 @@ def pool_figures(pools: Iterable[Pool], ks: Sequence[int], rules: Sequence[str],
     )
 
 
-def _values(pool: Pool, rule: str, ks: Sequence[int], seed: object) -> list[float]:
+def chances(pool: Pool, rule: str, ks: Sequence[int], *, seed: object = 0) -> list[float]:
+    """`values_at` of a pool that may have failed: then it is not solved. Raises DataError for answers without a score
+    where the rule needs them."""
     if pool.failed or (pool.unscored and rule in SCORED_RULES):
         return [0.0] * len(ks)
     if rule in SCORED_RULES and not pool.scored:
