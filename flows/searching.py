@@ -19,7 +19,7 @@ from flows.stages import Context, Inputs, Job, run_jobs, write_json, write_metri
 from search import answers
 from search.answers import Rule
 from search.errors import BudgetError, ConfigError
-from search.policy import Ask, Policy, Question, Scorer
+from search.policy import Policy, Scorer, Waiting
 from search.results import read_results
 from search.run import Plan
 from search.sets import read_problems
@@ -27,7 +27,7 @@ from search.strategies import Spec, parse
 from search.strategies.sizes import num_samples
 from search.types import Budget, Candidate, Grade, Problem, Spend, VerifierFacts
 
-Searching = Coroutine["Ask | Question", None, list[Candidate]]
+Searching = Coroutine[Waiting, None, list[Candidate]]
 
 # ---------------------------------------------------------------- what is run
 

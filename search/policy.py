@@ -1,8 +1,8 @@
 """The metered handles through which ONE problem's strategy asks the policy and the verifier.
 
 They own the random streams, count the Spend where it happens, and refuse what the budget cannot pay: a strategy can
-neither overspend nor misreport. Every question is an `Ask` or a `Question`, which the scheduler merges with those of
-other problems into full batches.
+neither overspend nor misreport. Whatever they ask is an `Ask`, a `Question` or a `Reading`, which the scheduler merges
+with those of other problems into full batches.
 """
 
 from __future__ import annotations
@@ -67,6 +67,21 @@ class Question:
     def __await__(self) -> Generator[Question, None, list[Scored]]:
         yield self
         return self.reply
+
+
+class Reading:
+    """Responses of one problem whose answers one strategy wants to know, waiting for the task to read them."""
+
+    def __init__(self, pairs: Sequence[tuple[Problem, str]]):
+        self.pairs = pairs
+        self.reply: list[str | None] = []
+
+    def __await__(self) -> Generator[Reading, None, list[str | None]]:
+        yield self
+        return self.reply
+
+
+Waiting = Ask | Question | Reading  # what a strategy yields to the scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +179,10 @@ class Policy:
         """The texts of the earlier answers that it was shown, oldest first."""
         return self._shown.get(candidate.prompt_ids, ())
 
-    def answers(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+    async def answers(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their canonical answers read, without a look at the gold one."""
-        found = iter(self._sampler.task.answers([(self.problem, c.text) for c in candidates if c.complete]))
+        pairs = [(self.problem, c.text) for c in candidates if c.complete]
+        found = iter(await Reading(pairs) if pairs else ())
         return [replace(c, answer=next(found)) if c.complete else c for c in candidates]
 
     def keep(self, candidates: Sequence[Candidate], *, for_good: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from search.answers import Rule
 from search.errors import BudgetError, BudgetExceeded, VerifierError
 from search.grading_beside import Beside
-from search.policy import Ask, Policy, Question, Sampler, Scorer, none_scored
+from search.policy import Policy, Sampler, Scorer, Waiting, none_scored
 from search.results import (
     append_result,
     partial_path,
@@ -43,7 +43,7 @@ from search.types import (
     Verifier,
 )
 
-Strategy = Callable[[Problem, Policy, "Scorer | None", Budget], Coroutine["Ask | Question", None, list[Candidate]]]
+Strategy = Callable[[Problem, Policy, "Scorer | None", Budget], Coroutine[Waiting, None, list[Candidate]]]
 Progress = Callable[..., None]
 Found = tuple[list[Candidate], "str | None"]  # the answers, and why the search failed, if it did
 
@@ -105,6 +105,7 @@ def search(
             [_search_one(policy, plan, sampler, verifier) for policy in policies],
             sampler.engine,
             verifier,
+            sampler.task,
             max_tokens=max_tokens,
             finish_at_cap=keep_unfinished,
             on_done=(lambda i, found: beside.give({i: found})) if on_result else None,

@@ -1,24 +1,28 @@
 """Runs the strategies of many problems together and merges what they ask for into full batches.
 
-A strategy is a coroutine that awaits `Ask`s and `Question`s. A synchronous engine is called when every live coroutine
-waits, never on a timer, so the batches, and with them the results, are a pure function of the problems. A streaming
-engine is fed as soon as there is something to ask.
+A strategy is a coroutine that awaits `Ask`s (of the engine), `Question`s (of the verifier) and `Reading`s (of the
+task). A synchronous engine is called when every live coroutine waits for it, never on a timer, so the batches, and with
+them the results, are a pure function of the problems. A streaming engine is fed as soon as there is something to ask,
+and answers are read beside it.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from search.errors import BudgetExceeded, EngineError, VerifierError
-from search.policy import Ask, Question
-from search.types import Continuation, Engine, StreamingEngine, Verifier
+from search.policy import Ask, Question, Reading, Waiting
+from search.types import Continuation, Engine, StreamingEngine, Task, Verifier
+
+MAX_READERS = 8  # threads in which answers are read, beside streaming engines
 
 T = TypeVar("T")
-Searching = Coroutine["Ask | Question", None, T]
+Searching = Coroutine[Waiting, None, T]
 
 
 @dataclass(slots=True)
@@ -34,6 +38,7 @@ def run_together(
     coroutines: Sequence[Searching[T]],
     engine: Engine,
     verifier: Verifier | None = None,
+    task: Task | None = None,
     *,
     max_tokens: int | None = None,
     finish_at_cap: bool = False,
@@ -45,10 +50,11 @@ def run_together(
     `max_tokens` is a hard cap on what is generated: a request is made only if it fits even at its full length; what
     cannot be finished under it ends, with the result None, or with `finish_at_cap` is refused with BudgetExceeded, so
     that each coroutine can end with what it has. `on_done` gets each result as soon as it is there.
-    Raises what a coroutine raises, and EngineError; the others are closed, and an engine's work in flight cancelled.
+    Raises what a coroutine, the verifier or the task raises, and EngineError; the others are closed, and an engine's
+    work in flight cancelled.
     """
     run = (_Streaming if isinstance(engine, StreamingEngine) else _Batched)(
-        coroutines, engine, verifier, max_tokens, finish_at_cap, on_done, on_tick
+        coroutines, engine, verifier, task, max_tokens, finish_at_cap, on_done, on_tick
     )
     try:
         try:
@@ -72,6 +78,7 @@ class _Run(abc.ABC, Generic[T]):
         coroutines: Sequence[Searching[T]],
         engine: Any,
         verifier: Verifier | None,
+        task: Task | None,
         max_tokens: int | None,
         finish_at_cap: bool,
         on_done: Callable[[int, T], None] | None,
@@ -80,6 +87,7 @@ class _Run(abc.ABC, Generic[T]):
         self.coroutines = coroutines
         self.engine = engine
         self.verifier = verifier
+        self.task = task
         self.max_tokens = max_tokens
         self.finish_at_cap = finish_at_cap
         self.on_done = on_done
@@ -87,13 +95,16 @@ class _Run(abc.ABC, Generic[T]):
         self.results: dict[int, T] = {}
         self.asks: dict[int, Ask] = {}  # not yet with the engine
         self.questions: dict[int, Question] = {}
+        self.readings: dict[int, Reading] = {}  # not yet with the task
         self.reserved = 0  # tokens that requests in flight may still generate
         self.tick = Tick()
 
     def run(self) -> None:
         for i in range(len(self.coroutines)):
             self.advance(i)
-        while self.asks or self.questions or self.in_flight:
+        while self.asks or self.questions or self.readings or self.in_flight:
+            if self.read():
+                continue
             if self.questions:
                 self.answer()
             elif not self.generate():
@@ -104,6 +115,10 @@ class _Run(abc.ABC, Generic[T]):
     @property
     def in_flight(self) -> bool:
         return False
+
+    @abc.abstractmethod
+    def read(self) -> bool:
+        """Have the task read what waits for it, and tell what it read; False where there is nothing to do."""
 
     @abc.abstractmethod
     def generate(self) -> bool:
@@ -128,10 +143,13 @@ class _Run(abc.ABC, Generic[T]):
             if self.on_done:
                 self.on_done(i, end.value)
             return
-        if isinstance(waits_for, Ask):
-            self.asks[i] = waits_for
-        else:
-            self.questions[i] = waits_for
+        match waits_for:
+            case Ask():
+                self.asks[i] = waits_for
+            case Question():
+                self.questions[i] = waits_for
+            case Reading():
+                self.readings[i] = waits_for
 
     def answer(self) -> None:
         """Put all waiting questions to the verifier in one batch."""
@@ -146,6 +164,25 @@ class _Run(abc.ABC, Generic[T]):
         for i, question in waiting:
             question.reply = list(scored[taken : taken + len(question.requests)])
             taken += len(question.requests)
+            self.advance(i)
+
+    def take_readings(self) -> dict[int, Reading]:
+        taken, self.readings = dict(sorted(self.readings.items())), {}
+        return taken
+
+    def answers(self, readings: Mapping[int, Reading]) -> list[str | None]:
+        """What all of them ask for, in one call. Changes nothing here: it may run beside the rest."""
+        assert self.task is not None, "a strategy asked for answers without a task"
+        pairs = [pair for reading in readings.values() for pair in reading.pairs]
+        found = self.task.answers(pairs)
+        assert len(found) == len(pairs), f"the task '{self.task.name}' read {len(found)} of {len(pairs)} answers"
+        return found
+
+    def tell_answers(self, readings: Mapping[int, Reading], found: Sequence[str | None]) -> None:
+        taken = 0
+        for i, reading in readings.items():
+            reading.reply = list(found[taken : taken + len(reading.pairs)])
+            taken += len(reading.pairs)
             self.advance(i)
 
     def admit(self) -> list[tuple[int, Ask]]:
@@ -171,6 +208,12 @@ class _Run(abc.ABC, Generic[T]):
 class _Batched(_Run[T]):
     """A synchronous engine gets everything that waits, at once."""
 
+    def read(self) -> bool:
+        waiting = self.take_readings()
+        if waiting:
+            self.tell_answers(waiting, self.answers(waiting))
+        return bool(waiting)
+
     def generate(self) -> bool:
         admitted = self.admit()
         if not admitted:
@@ -190,16 +233,33 @@ class _Batched(_Run[T]):
 
 
 class _Streaming(_Run[T]):
-    """A streaming engine gets every ask at once, and each coroutine goes on when its own ask is answered."""
+    """A streaming engine gets every ask at once, and each coroutine goes on when its own ask is answered.
+
+    Answers are read in threads of their own, for it may take long: neither the engine waits for that, nor do other
+    problems. What there is no thread left for gathers, and is shared out over those that come free.
+    """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.owners: dict[int, tuple[int, int]] = {}  # ticket -> (coroutine, position in its ask)
         self.pending: dict[int, tuple[Ask, dict[int, Continuation]]] = {}
+        self.readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="reader")  # each begins when it is needed
+        self.being_read: dict[Future[list[str | None]], dict[int, Reading]] = {}
 
     @property
     def in_flight(self) -> bool:
-        return bool(self.owners)
+        return bool(self.owners or self.being_read)
+
+    def read(self) -> bool:
+        read = [future for future in self.being_read if future.done()]
+        for future in read:
+            self.tell_answers(self.being_read.pop(future), future.result())
+        free = MAX_READERS - len(self.being_read)
+        given = [*self.take_readings().items()] if free else []
+        for n in range(min(free, len(given))):
+            some = dict(given[n::free])
+            self.being_read[self.readers.submit(self.answers, some)] = some
+        return bool(read or given)
 
     def generate(self) -> bool:
         for i, ask in self.admit():
@@ -208,10 +268,19 @@ class _Streaming(_Run[T]):
             if len(tickets) != len(ask.requests):
                 raise EngineError(f"the engine took {len(tickets)} of {len(ask.requests)} requests")
             self.owners |= {ticket: (i, position) for position, ticket in enumerate(tickets)}
-        if not self.owners:
+        if self.owners:
+            self.collect()
+        elif self.being_read:
+            wait(self.being_read, return_when=FIRST_COMPLETED)
+        else:
             return False
-        finished = self.engine.collect()
-        if not finished:
+        self.tell()
+        return True
+
+    def collect(self) -> None:
+        """Wait until the engine has answered something, or the task has read something."""
+        finished = self.engine.collect(self.being_read)
+        if not finished and not any(future.done() for future in self.being_read):
             raise EngineError(f"the engine has nothing in flight, but {len(self.owners)} requests are unanswered")
         for ticket, continuation in finished:
             if ticket not in self.owners:
@@ -224,11 +293,11 @@ class _Streaming(_Run[T]):
                 del self.pending[i]
                 ask.reply = [replies[n] for n in range(len(replies))]
                 self.advance(i)
-        self.tell()
-        return True
 
     def stop(self) -> None:
-        """Cancel what is in flight and take it back, so that the engine can serve another search."""
+        """Cancel what is in flight and take it back, so that the engine can serve another search. What is being read
+        is left to end by itself."""
+        self.readers.shutdown(wait=False, cancel_futures=True)
         if not self.owners:
             return
         self.engine.cancel(list(self.owners))

@@ -7,7 +7,8 @@ _S steps of one candidate, _T tokens. `pass_rates_P`, `step_scores_N_S[n][s]`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -303,8 +304,9 @@ class StreamingEngine(Engine, Protocol):
         """Take requests in; a ticket for each. Never blocks for long."""
         ...
 
-    def collect(self) -> list[tuple[int, Continuation]]:
-        """(ticket, continuation) of all that finished since; waits for one, unless nothing is in flight: then []."""
+    def collect(self, until: Collection[Future[Any]] = ()) -> list[tuple[int, Continuation]]:
+        """(ticket, continuation) of all that finished since; waits for one, unless nothing is in flight: then []. Nor
+        does it wait once one of `until` is done."""
         ...
 
     def cancel(self, tickets: Sequence[int]) -> None:
@@ -407,7 +409,8 @@ class Task(Protocol):
     def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]: ...
 
     def answers(self, pairs: Sequence[tuple[Problem, str]]) -> list[str | None]:
-        """The canonical answer of each response, without looking at the gold one; None: none found."""
+        """The canonical answer of each response, without looking at the gold one; None: none found. It may be called in
+        several threads at once, beside `grade`."""
         ...
 
     def solution_key(self, problem: Problem, text: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -176,7 +177,7 @@ class Trickle(Streaming):
                 self._done.append((ticket, Continuation(continuation.ids[:said], Finish.CANCELLED, prefilled)))
 
     def _collect(self) -> list[Answer]:
-        while self._running and not self._done:
+        while self._running and not self._done and not self.called_off:
             self._running = {t: (c, said + 1) for t, (c, said) in self._running.items()}
             ended = [t for t, (c, said) in self._running.items() if said >= len(c.ids)]
             self._done += [(t, self._running.pop(t)[0]) for t in ended]
@@ -334,10 +335,10 @@ class DyingStream(Dying):
     def cancel(self, tickets: Sequence[int]) -> None:
         self.engine.cancel(tickets)
 
-    def collect(self) -> list[Answer]:
+    def collect(self, until: Collection[Future[Any]] = ()) -> list[Answer]:
         if self.left <= 0:
             raise EngineError("the engine died")
-        answers = self.engine.collect()
+        answers = self.engine.collect(until)
         self.left -= len(answers)
         self.num_answered += len(answers)
         return answers

@@ -5,6 +5,8 @@ An engine that streams or not, a search leaves it ready for the next one, and lo
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,21 @@ def test_cancelling_at_once_cancels_and_cancelling_late_does_nothing(exhibit: Ex
     engine.cancel([*tickets, max(tickets) + 1000])
     assert engine.collect() == []
     assert natural(exhibit, greedy(exhibit))
+
+
+def test_whoever_waits_is_called_off(exhibit: Exhibit) -> None:
+    engine = streaming(exhibit)
+    whole = natural(exhibit, long_requests(exhibit))
+    tickets = engine.submit(long_requests(exhibit))
+    soon: Future[None] = Future()
+    timer = threading.Timer(0.01, lambda: soon.set_result(None))
+    timer.start()
+    found = dict(engine.collect([Future(), soon]))  # comes back, whatever has finished by then
+    timer.join()
+    found |= dict(engine.collect([soon]))
+    assert len(found) < len(tickets), "it waited all the same"
+    found |= drained(engine)
+    assert [(found[t].ids, found[t].finish) for t in tickets] == [(c.ids, c.finish) for c in whole]
 
 
 def test_extend_leaves_what_is_in_flight_alone(exhibit: Exhibit) -> None:

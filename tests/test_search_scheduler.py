@@ -24,6 +24,7 @@ from tests.scripted_search import (
 )
 
 STRATEGIES = ["majority", "beam(width=2)", "lookahead(width=2)", "step_rejection", "revisions(ratio=1)"]
+STRATEGIES += ["adaptive_majority", "adaptive_best_of_n(certainty=0.7)"]
 
 
 class Batches(StepEngine):

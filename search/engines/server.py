@@ -114,15 +114,23 @@ class ServerEngine(Streaming):
                 self._loop.close()
 
     def _collect(self) -> list[Answer]:
+        for future in self._until:
+            future.add_done_callback(self._wake)
         with self._changed:
-            self._changed.wait_for(lambda: self._finished or not self._num_open)
+            self._changed.wait_for(lambda: self._finished or not self._num_open or self.called_off)
             found, self._finished = self._finished, []
             if found:
                 return found
+            if self._num_open and self.called_off:
+                return []
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
         return []
+
+    def _wake(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     # ------------------------------------------------------------ the start
 

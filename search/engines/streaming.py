@@ -7,7 +7,9 @@ it. Calls of `extend` may come while other tickets are in flight: their answers 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 from search.errors import EngineError
 from search.types import Continuation, Finish, ModelFacts, Request
@@ -21,6 +23,7 @@ class Streaming(abc.ABC):
     def __init__(self) -> None:
         self._aside: list[Answer] = []  # came while `extend` waited for others
         self._unwanted: set[int] = set()  # tickets of an `extend` that was interrupted
+        self._until: Collection[Future[Any]] = ()  # of the `collect` under way
 
     @abc.abstractmethod
     def submit(self, requests: Sequence[Request]) -> list[int]:
@@ -32,14 +35,21 @@ class Streaming(abc.ABC):
 
     @abc.abstractmethod
     def _collect(self) -> list[Answer]:
-        """What finished since; waits for one, unless nothing is in flight: then []. Raises EngineError: all that
-        finished before was returned, and nothing more will come."""
+        """What finished since; waits for one, unless nothing is in flight: then []. Nor does it wait once `called_off`.
+        Raises EngineError: all that finished before was returned, and nothing more will come."""
 
-    def collect(self) -> list[Answer]:
-        """(ticket, continuation) of all that finished since; waits for one, unless nothing is in flight: then [].
+    @property
+    def called_off(self) -> bool:
+        """Whoever waits in `collect` has something else to do."""
+        return any(future.done() for future in self._until)
+
+    def collect(self, until: Collection[Future[Any]] = ()) -> list[Answer]:
+        """(ticket, continuation) of all that finished since; waits for one, unless nothing is in flight: then []. Nor
+        does it wait once one of `until` is done.
 
         Raises EngineError once everything that finished before the engine's end was returned.
         """
+        self._until = until
         while True:
             found, self._aside = self._aside, []
             found = found or self._collect()

@@ -158,7 +158,7 @@ class VllmEngine(Streaming):
 
     def _collect(self) -> list[Answer]:
         assert self._llm is not None, "the engine was closed"
-        while self._flying and not self._finished and self._dead is None:
+        while self._flying and not self._finished and self._dead is None and not self.called_off:
             try:
                 outputs = self._llm.step()
             except Exception as error:  # noqa: BLE001 - whatever ends vLLM: it cannot be used any more

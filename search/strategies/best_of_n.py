@@ -42,7 +42,7 @@ async def adaptive_majority(
     """Samples until the leading answer is ahead with a posterior probability of `certainty`, at most N."""
     most, drawn = num_samples(budget, samples), list[Candidate]()
     while len(drawn) < most:
-        drawn += policy.answers(await policy.sample(min(batch, most - len(drawn))))
+        drawn += await policy.answers(await policy.sample(min(batch, most - len(drawn))))
         policy.keep(drawn)
         votes = Counter(c.answer for c in drawn if c.complete and c.answer is not None).most_common(2)
         if votes and ahead(votes[0][1], votes[1][1] if len(votes) > 1 else 0) >= certainty:
@@ -63,7 +63,7 @@ async def adaptive_best_of_n(
     """Samples until the verifier gives one of them at least `certainty`, at most N."""
     most, drawn = num_samples(budget, samples), list[Candidate]()
     while len(drawn) < most:
-        new = policy.answers(await policy.sample(min(batch, most - len(drawn))))
+        new = await policy.answers(await policy.sample(min(batch, most - len(drawn))))
         policy.keep([*drawn, *new])
         drawn += await verifier.score(new)
         if any(c.score is not None and c.score >= certainty for c in drawn if c.answer is not None):

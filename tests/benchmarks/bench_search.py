@@ -16,8 +16,10 @@ import statistics
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from common import markdown, tiny_base
 
@@ -61,8 +63,8 @@ class Recorder:
         self.requests |= dict(zip(tickets, requests, strict=True))
         return tickets
 
-    def collect(self) -> list[tuple[int, Continuation]]:
-        found = self.engine.collect()
+    def collect(self, until: Collection[Future[Any]] = ()) -> list[tuple[int, Continuation]]:
+        found = self.engine.collect(until)
         self.answers |= dict(found)
         return found
 
