@@ -18,7 +18,7 @@ from search.engines.reference import policy_path
 from search.parallel import Report, fork_map
 from search.policy import Sampler
 from search.results import merge_shards
-from search.run import Plan, Progress, run_shards
+from search.run import Plan, Plans, Progress, run_shards
 from search.sets import draw_sets, read_outcomes, read_problems, write_problems, write_sets
 from search.strategies.best_of_n import best_of_n, greedy
 from search.tasks import load_problems, load_task
@@ -126,7 +126,7 @@ class Job:
     """Problems to run a plan on, into a folder of shards. `stage` and `split` are parts of every random key."""
 
     folder: str  # below the stage's; empty: the stage's own
-    plan: Plan
+    plan: Plans
     problems: Sequence[Problem]
     stage: str
     split: str
@@ -134,11 +134,13 @@ class Job:
     verified: bool = False  # the plan is given the configured verifier
     stepwise: bool = False  # its progress tells the size of the trees
     max_tokens: int | None = None  # hard cap on what all its problems generate
-    expected_samples: int | None = None  # of a problem, for the progress; default: the plan's budget
+    expected_samples: int | None = None  # of a problem, for the progress; default: the one plan's budget
 
     @property
     def samples_each(self) -> int:
-        return self.expected_samples or int(self.plan.budget.amount)
+        if self.expected_samples or not isinstance(self.plan, Plan):
+            return self.expected_samples or 1
+        return int(self.plan.budget.amount)
 
     @property
     def samples(self) -> int:

@@ -89,11 +89,12 @@ class Cells:
         folds, bins, _ = member_F_B_P.shape
         flat = member_F_B_P.reshape(folds * bins, -1)
         sums = (self._stacked @ flat.T).T.reshape(folds, bins, 4, -1)
-        return [_fit(sums[f], member_F_B_P[f].sum(axis=1)) for f in range(folds)]
+        most = float(self.values_C_P.max())
+        return [_fit(sums[f], member_F_B_P[f].sum(axis=1), most) for f in range(folds)]
 
 
-def _fit(sums_B_4_C: Floats, weights_B: Floats) -> Fit:
-    """From weighted sums of value, FLOPs, paired rest and its square."""
+def _fit(sums_B_4_C: Floats, weights_B: Floats, most: float) -> Fit:
+    """From weighted sums of value, FLOPs, paired rest and its square; no value is above `most`."""
     num = np.maximum(weights_B, 1e-9)[:, None]
     means_B_C, flops_B_C, rest_B_C = (sums_B_4_C[:, i] / num for i in range(3))
     variance = np.maximum(sums_B_4_C[:, 3] / num - rest_B_C**2, 0.0)
@@ -106,7 +107,7 @@ def _fit(sums_B_4_C: Floats, weights_B: Floats) -> Fit:
     spread_B = np.maximum((own_B_C**2 - square_B_C).mean(axis=1, keepdims=True), 0.0)  # of true deviations
     keep = np.divide(spread_B, spread_B + square_B_C, out=np.ones_like(own_B_C), where=spread_B + square_B_C > 0)
     empty = (weights_B <= 0)[:, None]
-    values = np.where(empty, overall_C, prior_B_C + keep * own_B_C)
+    values = np.clip(np.where(empty, overall_C, prior_B_C + keep * own_B_C), 0.0, most)
     flops = np.where(empty, share_B @ flops_B_C, flops_B_C)
     return Fit(values, means_B_C, np.sqrt(keep * square_B_C), flops, weights_B)
 

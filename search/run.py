@@ -50,7 +50,7 @@ Found = tuple[list[Candidate], "str | None"]  # the answers, and why the search 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run on every problem. Example: Plan("best_of_n(16)", best_of_n, Budget("samples", 16), answers.gold)"""
+    """What is run on a problem. Example: Plan("best_of_n(16)", best_of_n, Budget("samples", 16), answers.gold)"""
 
     name: str
     strategy: Strategy
@@ -59,9 +59,12 @@ class Plan:
     scored: bool = True  # False: the strategy and the rule need no scores, and no verifier is paid
 
 
+Plans = Plan | Callable[[Problem], Plan]  # one for all problems, or one for each
+
+
 def search(
     problems: Sequence[Problem],
-    plan: Plan,
+    plan: Plans,
     sampler: Sampler,
     verifier: Verifier | None = None,
     *,
@@ -72,7 +75,7 @@ def search(
     on_unfinished: Callable[[Spend], None] | None = None,
     traces: Sequence[Trace] | None = None,
 ) -> list[SearchResult]:
-    """Run the plan on all problems together and grade every candidate.
+    """Run the plan, or each problem's own, on all problems together and grade every candidate.
 
     A problem that `max_tokens` left unfinished is missing from the results, or with `keep_unfinished` has the answers
     that were finished; one that failed carries its reason and selects nothing. `on_result` gets each result as soon as
@@ -80,13 +83,18 @@ def search(
     missing have cost. Raises EngineError, and BudgetError for a budget of FLOPs where the engine does not know how many
     a token costs.
     """
-    _check_budget(plan.budget, sampler.engine)
+    plans = [plan if isinstance(plan, Plan) else plan(problem) for problem in problems]
+    for budget in {each.budget for each in plans}:
+        _check_budget(budget, sampler.engine)
     if isinstance(sampler.engine, CachingEngine):  # a shard follows from its problems alone
         sampler.engine.reset()
     if isinstance(verifier, CachingVerifier):
         verifier.reset()
     recorders: Sequence[Trace | None] = traces or [None] * len(problems)
-    policies = [Policy(p, sampler, plan.budget, t) for p, t in zip(problems, recorders, strict=True)]
+    policies = [
+        Policy(problem, sampler, each.budget, trace)
+        for problem, each, trace in zip(problems, plans, recorders, strict=True)
+    ]
     results: dict[int, SearchResult] = {}
 
     def graded(found: Mapping[int, Found]) -> list[list[Candidate]]:
@@ -94,7 +102,7 @@ def search(
 
     def finish(found: Mapping[int, Found], graded_P_N: list[list[Candidate]]) -> None:
         for (i, (searched, failed)), candidates_N in zip(found.items(), graded_P_N, strict=True):
-            results[i] = _result(plan, policies[i], sampler, candidates_N, failed)
+            results[i] = _result(plans[i], policies[i], sampler, candidates_N, failed)
             if (trace := recorders[i]) is not None:
                 trace.finish(zip(searched, candidates_N, strict=True), results[i].selected)
             if on_result:
@@ -102,7 +110,7 @@ def search(
 
     with Beside(graded, finish, here=not isinstance(sampler.engine, StreamingEngine)) as beside:
         found_P = run_together(
-            [_search_one(policy, plan, sampler, verifier) for policy in policies],
+            [_search_one(policy, each, sampler, verifier) for policy, each in zip(policies, plans, strict=True)],
             sampler.engine,
             verifier,
             sampler.task,
@@ -195,7 +203,7 @@ def _graded(candidate: Candidate, verdict: Graded) -> Candidate:
 
 def run_shards(
     problems: Sequence[Problem],
-    plan: Plan,
+    plan: Plans,
     sampler: Sampler,
     out: Path,
     *,
@@ -256,7 +264,7 @@ def run_shards(
 def search_shard(
     problems: Sequence[Problem],
     kept: Iterable[SearchResult],
-    plan: Plan,
+    plan: Plans,
     sampler: Sampler,
     path: Path,
     *,

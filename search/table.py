@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search import stats
+from search.allocate import Allocation, Ladder, allocate
 from search.errors import BudgetError, DataError
 
 Objective = Literal["answer", "rows"]
@@ -41,6 +42,10 @@ class Rung:
     mean: float
     se: float
     flops: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} @ {self.budget:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,23 @@ class StrategyTable:
         """The rung with the most value where a FLOP costs `price` of it."""
         ladder = self.ladders[bin]
         return max(ladder, key=lambda rung: rung.value - price * rung.flops)
+
+    def find(self, bin: int, arm: str, budget: float) -> Rung | None:
+        return next((rung for rung in self.ladders[bin] if rung.arm == arm and rung.budget == budget), None)
+
+    def best_within(self, bin: int, flops: float) -> Rung:
+        """The rung with the most value that costs at most so much. Raises BudgetError."""
+        affordable = [rung for rung in self.ladders[bin] if rung.flops <= flops]
+        if not affordable:
+            raise BudgetError(f"no strategy of the table costs as little as {flops:.3g} FLOPs: give more")
+        return max(affordable, key=lambda rung: (rung.value, -rung.flops))
+
+    def spread(self, mean_flops: float, counts: Sequence[int], *, abstain: bool = False) -> Allocation:
+        """Offers for the bins, from bin 1 on, so that questions cost at most `mean_flops` on average and are worth the
+        most: indices of rungs in each bin's ladder. `counts`: questions in each bin. `abstain`: no answer, for free,
+        may be an offer. Raises BudgetError where even the cheapest rungs cost more."""
+        ladders = [Ladder([r.flops for r in steps], [r.value for r in steps]) for steps in self.ladders[1:]]
+        return allocate(ladders, mean_flops, counts=counts, abstain=abstain)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,200 @@
+"""The compute-optimal report as data: every curve, ratio and choice that `ratchet eval --report` shows.
+
+From one grid of cells (`search.cells`) and the predicted pass rates of its problems. Fixed strategies stand beside the
+choice per bin of oracle, verifier-predicted and question-predicted difficulty, and of bins that say nothing; all of
+them with the arms of the paper alone, and with all arms. Every choice is measured on problems it was not fitted on.
+
+Axis legend: _P problems, _L points of a curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from search import stats
+from search.cells import Grid
+from search.optimal import (
+    Cells,
+    Curve,
+    arm_curve,
+    assess,
+    by_budget,
+    by_price,
+    equal_accuracy,
+    fit_table,
+    outcomes,
+    prices_of,
+    quantile_bins,
+    random_bins,
+)
+from search.stats import Floats
+
+PAPER = ("greedy", "majority", "best_of_n", "best_of_n_weighted", "sharpened", "beam", "lookahead")
+BEST_OF_N = ("best_of_n", "best_of_n_weighted", "sharpened")  # baselines that any verifier has
+KINDS = ("oracle", "verifier", "question", "random", "none")  # how difficulty is known; none: one bin for all
+SETS = ("all", "paper")
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """Pass rates of the grid's problems as someone knows them, and what knowing them costs.
+
+    `flops`: of a problem, charged to every choice that uses the rates. Example: Difficulty(rates_P, 40.0)
+    """
+
+    rates_P: Floats
+    flops: float = 0.0
+
+
+def assessment(
+    grid: Grid,
+    known: Mapping[str, Difficulty],
+    baselines: Sequence[str],
+    *,
+    budgets: Sequence[float] = (4, 8, 16),
+    bins: int = 5,
+    draws: int = 300,
+    actual: bool = False,
+    seed: object = 0,
+) -> dict[str, Any]:
+    """The document; see `SCHEMA` in the tests for its fields. `known`: "oracle", "verifier", "question" -> Difficulty.
+
+    `baselines`: the arms that spend a budget on independent samples, early-stopped ones included; a ratio needs at
+    least one at each of `budgets`. `actual`: FLOPs as computed instead of ideal. Raises DataError.
+    """
+    cells = Cells(grid, actual=actual)
+    num = len(grid.keys)
+    free = {"random": Difficulty(random_bins(num, bins, seed=seed) / -1.0), "none": Difficulty(np.zeros(num))}
+    everyone = {name: d for name, d in {**known, **free}.items() if name in KINDS}
+    arms = _arm_sets(grid)
+    curves: dict[str, dict[str, dict[str, list[float]]]] = {}
+    ratios: list[dict[str, Any]] = []
+    for arm_set, names in arms.items():
+        chosen = Cells(grid.only(names), actual=actual)
+        prices = prices_of(chosen)
+        curves[arm_set] = {}
+        for kind, difficulty in everyone.items():
+            bins_P = quantile_bins(difficulty.rates_P, bins)
+            curve = assess(chosen, bins_P, by_price(prices), seed=seed, extra_flops_P=difficulty.flops)
+            curves[arm_set][kind] = _points(curve)
+            found = equal_accuracy(
+                cells,
+                baselines,
+                names,
+                lambda w, rates=difficulty.rates_P: quantile_bins(rates, bins, w),
+                budgets,
+                extra_flops=difficulty.flops,
+                draws=draws,
+                seed=seed,
+            )
+            ratios += [{"arms": arm_set, "bins": kind, **_finite(ratio.to_json())} for ratio in found]
+    question = known.get("question") or known.get("verifier") or known["oracle"]
+    levels = sorted({cell.budget for cell in grid.cells})
+    return {
+        "n": num,
+        "actual": actual,
+        "arms": {name: list(names) for name, names in arms.items()},
+        "baselines": list(baselines),
+        "cells": [_cell_row(grid, i, actual) for i in range(len(grid.cells))],
+        "fixed": {arm: _points(arm_curve(cells, arm)) for arm in arms["all"]},
+        "optimal": curves,
+        "ratios": ratios,
+        "by_bin": _by_bin(grid, known, bins),
+        "choices": _choices(grid, question, bins, levels),
+        "across": _across(cells, quantile_bins(question.rates_P, bins), levels, baselines, seed),
+    }
+
+
+def _arm_sets(grid: Grid) -> dict[str, list[str]]:
+    """ "paper": what Snell et al. choose between; "all": everything that was measured. "pass" cannot answer."""
+    everything = list(dict.fromkeys(cell.arm for cell in grid.cells if cell.arm != "pass"))
+    paper = [arm for arm in everything if arm.partition("(")[0] in PAPER]
+    return {"all": everything} | ({"paper": paper} if paper and paper != everything else {})
+
+
+def _points(curve: Curve) -> dict[str, list[float]]:
+    return {"accuracy": [round(a, 6) for a in curve.accuracy_L.tolist()], "flops": curve.flops_L.tolist()}
+
+
+def _cell_row(grid: Grid, index: int, actual: bool) -> dict[str, Any]:
+    cell = grid.cells[index]
+    accuracy = stats.mean_estimate(cell.solved_P)
+    row = {"arm": cell.arm, "budget": cell.budget, "accuracy": accuracy.value, "se": accuracy.se}
+    return row | {"flops": float(cell.flops_P.mean()), "flops_actual": float(cell.actual_P.mean())}
+
+
+def _by_bin(grid: Grid, known: Mapping[str, Difficulty], bins: int) -> dict[str, list[dict[str, Any]]]:
+    """For each way to know difficulty: the bins, and the accuracy of every cell in them (paper's figures 3 and 4)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, difficulty in known.items():
+        bins_P = quantile_bins(difficulty.rates_P, bins)
+        found[kind] = [
+            {
+                "bin": int(b),
+                "n": int((bins_P == b).sum()),
+                "rate": float(difficulty.rates_P[bins_P == b].mean()),
+                "accuracy": {cell.name: float(cell.solved_P[bins_P == b].mean()) for cell in grid.cells},
+            }
+            for b in np.unique(bins_P)
+        ]
+    return found
+
+
+def _choices(grid: Grid, difficulty: Difficulty, bins: int, levels: Sequence[float]) -> dict[str, Any]:
+    """What the table chooses for each bin at each budget: the heat map."""
+    answering = grid.only([arm for arm in _arm_sets(grid)["all"]])
+    table = fit_table(answering, difficulty.rates_P.tolist(), bins=bins)
+    rungs = [[table.choose(b, level) for level in levels] for b in range(1, table.num_bins + 1)]
+    return {
+        "budgets": list(levels),
+        "edges": list(table.edges),
+        "counts": list(table.counts[1:]),
+        "rungs": [
+            [{"arm": r.arm, "budget": r.budget, "value": r.value, "se": r.se, "flops": r.flops} for r in row]
+            for row in rungs
+        ],
+    }
+
+
+def _across(
+    cells: Cells, bins_P: np.ndarray, levels: Sequence[float], baselines: Sequence[str], seed: object
+) -> list[dict[str, Any]]:
+    """Budgets across questions against the same mean budget on each: paired by problem, at equal mean FLOPs."""
+    rows: list[dict[str, Any]] = []
+    prices = prices_of(cells, 200)
+    values_L_P, flops_L_P = outcomes(cells, bins_P, by_price(prices), seed=seed)
+    means_L = flops_L_P.mean(axis=1)
+    for level in levels:
+        uniform_P, spent_P = (a[0] for a in outcomes(cells, bins_P, by_budget(cells.budgets_C, [level]), seed=seed))
+        mixed = _at_mean(values_L_P, means_L, float(spent_P.mean()))
+        if mixed is None:
+            continue
+        difference = stats.paired_difference(uniform_P, mixed)
+        rows.append(
+            {"budget": level, "flops": float(spent_P.mean()), "uniform": float(uniform_P.mean())}
+            | {"across": float(mixed.mean()), "gain": difference.mean, "low": difference.low, "high": difference.high}
+        )
+    return rows
+
+
+def _at_mean(values_L_P: Floats, means_L: Floats, flops: float) -> Floats | None:
+    """By problem, the mixture of two neighbouring prices that costs `flops` on average; None below the cheapest."""
+    order = np.argsort(means_L, kind="stable")
+    means = means_L[order]
+    after = int(np.searchsorted(means, flops, side="right"))
+    if after == 0:
+        return None
+    if after == len(means):
+        return values_L_P[order[-1]]
+    low, high = means[after - 1], means[after]
+    part = (flops - low) / (high - low) if high > low else 0.0
+    return (1 - part) * values_L_P[order[after - 1]] + part * values_L_P[order[after]]
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
