@@ -252,8 +252,15 @@ def chain_engine(chance: float, **options: Any) -> StepEngine:
 
 # ---------------------------------------------------------------- any strategy on any tree
 
-PLAIN = ["greedy", "majority", "adaptive_majority", "revisions_majority(ratio=4)"]
-SCORED = ["best_of_n", "best_of_n_weighted", "adaptive_best_of_n", "revisions", "revisions(ratio=inf)"]
+PLAIN = ["greedy", "majority", "adaptive_majority", "adaptive_budget_majority", "revisions_majority(ratio=4)"]
+SCORED = [
+    "best_of_n",
+    "best_of_n_weighted",
+    "adaptive_best_of_n",
+    "adaptive_budget",
+    "revisions",
+    "revisions(ratio=inf)",
+]
 STEPWISE = ["beam(width=2)", "beam(width=4)", "beam(width=2, distinct=true)", "lookahead(width=2)", "dvts(width=2)"]
 STEPWISE += ["lookahead(width=1, steps=3)", "rebase", "step_rejection", "step_rejection(draws=8, max_rounds=2)"]
 STEPWISE += ["beam_revisions(width=2)", "searched_revisions(width=2)", "beam(width=2, max_rounds=1)"]

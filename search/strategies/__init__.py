@@ -21,6 +21,7 @@ from search.errors import ConfigError
 from search.run import Plan
 from search.strategies.best_of_n import adaptive_best_of_n, adaptive_majority, best_of_n, greedy
 from search.strategies.revisions import beam_revisions, revisions, searched_revisions
+from search.strategies.sequential import adaptive_budget
 from search.strategies.sizes import half_of, num_beams, num_samples
 from search.strategies.step_rejection import step_rejection
 from search.strategies.trees import beam_search, dvts, lookahead_search, rebase
@@ -46,6 +47,12 @@ class Entry:
     check: Callable[[Budget, Mapping[str, Any]], object] = lambda budget, o: num_samples(budget, o["samples"])
 
 
+def _believable(budget: Budget, options: Mapping[str, Any]) -> int:
+    if options["rate"] > 1:
+        raise ConfigError(f"rate = {options['rate']:g} is no chance of a right answer: give at most 1")
+    return num_samples(budget, options["samples"])
+
+
 def _beams(budget: Budget, options: Mapping[str, Any]) -> int:
     return num_beams(budget, options["samples"], options["width"], options.get("steps", 0))
 
@@ -58,6 +65,8 @@ STRATEGIES: dict[str, Entry] = {
     "best_of_n_weighted": Entry(best_of_n, answers.weighted, "outcome", pool="best_of_n_weighted"),
     "adaptive_majority": Entry(adaptive_majority, answers.majority),
     "adaptive_best_of_n": Entry(adaptive_best_of_n, answers.highest, "outcome"),
+    "adaptive_budget": Entry(adaptive_budget, answers.highest, "outcome", check=_believable),
+    "adaptive_budget_majority": Entry(adaptive_budget, answers.majority, check=_believable),
     "beam": Entry(beam_search, answers.weighted, "process", check=_beams),
     "lookahead": Entry(lookahead_search, answers.weighted, "process", check=_beams),
     "dvts": Entry(dvts, answers.weighted, "process", check=_beams),
@@ -76,7 +85,7 @@ STRATEGIES: dict[str, Entry] = {
 
 FIT = "fit"  # instead of a threshold: step_rejection(threshold=fit), see search.thresholds
 SCORED_VOTES = ("highest", "weighted", "sharpened", "hierarchical")
-MAY_BE_ZERO = ("samples", "steps", "ratio", "threshold", "certainty", "max_rounds")
+MAY_BE_ZERO = ("samples", "steps", "ratio", "threshold", "certainty", "max_rounds", "price")
 _SPEC = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
