@@ -5,18 +5,13 @@ easier than it looks, and keeps promising of one that is hopeless (Damani et al.
 rate is Beta(a, b): a = rate x strength, b = (1 - rate) x strength, where the strength, fitted on other questions, says
 how many samples' worth the prediction knows. The values of samples are expectations over it.
 
-`Sequential` is the paper's second future-work item (Snell et al. 2024, section 8: switch between assessing a question
-and attempting it): each sample that is not right makes the next one less promising, until it is not worth its price.
-With a perfect verifier the gain only falls, so that looking one sample ahead is the optimal rule.
-
 Axis legend: _P problems, _K numbers of samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -81,45 +76,3 @@ def _log_likelihood(a_P: Floats, b_P: Floats, right_P: np.ndarray, total_P: np.n
         )
 
     return rising(a_P, right_P) + rising(b_P, wrong_P) - rising(a_P + b_P, total_P)
-
-
-# ---------------------------------------------------------------- one question, sample by sample
-
-
-@dataclass(frozen=True, slots=True)
-class Sequential:
-    """Whether one more sample of this question is worth its price. Example: Sequential(0.4, 1.6, 1e-9, 5e6)
-
-    `price` is what a FLOP must gain in the chance of a right answer, `cost_per_sample` the FLOPs of one more sample;
-    in other units, so long as they agree.
-    """
-
-    prior_a: float
-    prior_b: float
-    price: float
-    cost_per_sample: float
-    num: int = 0  # samples looked at
-    doubt: float = 1.0  # the chance that the answer it would give now is wrong
-
-    @property
-    def gain(self) -> float:
-        """What one more sample is expected to add to the chance of a right answer.
-
-        The doubt times the rate believed if none so far was right, a / (a + b + num). Exact for a verifier that tells
-        right from wrong; for another it takes its scores for calibrated and hopes that it will know the right answer.
-        """
-        return self.doubt * self.prior_a / (self.prior_a + self.prior_b + self.num)
-
-    def worth_more(self) -> bool:
-        return self.gain >= self.price * self.cost_per_sample
-
-    def update(self, scores: Iterable[float | None]) -> Sequential:
-        """After more samples, by their verifier's scores in 0..1 (outcomes are scores of 0 and 1); None, for a sample
-        without an answer or a verdict, scores 0. The doubt is what the best of all scores leaves."""
-        found = [0.0 if s is None else min(max(s, 0.0), 1.0) for s in scores]
-        return replace(self, num=self.num + len(found), doubt=min([self.doubt, *(1 - s for s in found)]))
-
-    def agreed(self, num: int, certainty: float) -> Sequential:
-        """Without a verifier: after `num` samples in all, whose leading answer is ahead for good with this chance
-        (adaptive consistency, Aggarwal et al. 2023): what is left of it is the doubt."""
-        return replace(self, num=num, doubt=1 - certainty)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from search.belief import STRENGTHS, Sequential, beta_prior, expected_values, fit_strength
+from search.belief import STRENGTHS, beta_prior, expected_values, fit_strength
 from search.errors import DataError
+from search.strategies.sequential import Sequential
 
 shapes = st.floats(0.05, 20)
 
@@ -111,6 +112,18 @@ def test_gains_by_hand():
     assert not belief.update([0.9]).worth_more()  # 1 / 60 against 1 / 10
     assert belief.update([1.0]).gain == 0.0
     assert belief.update([1.5, -3]).doubt == 0.0  # scores are kept in 0..1
+
+
+def test_a_score_is_seen_from_where_the_verifier_is_calibrated():
+    """A score of .8 among questions of mean rate .5 has odds 4; of a question with rate .1 they are 4/9."""
+    belief = Sequential(0.1, 0.9, 0.01, 1.0, base=0.5)
+    assert belief.left_by(0.8) == pytest.approx(1 - 4 / 13)
+    assert belief.update([0.8, 0.3]).doubt == pytest.approx(9 / 13)
+    assert (belief.left_by(0.0), belief.left_by(1.0)) == (1.0, 0.0)
+    assert Sequential(0.25, 0.75, 0.01, 1.0, base=0.25).left_by(0.8) == pytest.approx(0.2)  # nothing new
+    assert Sequential(0.1, 0.9, 0.01, 1.0).left_by(0.8) == pytest.approx(0.2)  # taken at its word
+    assert Sequential(0.0, 1.0, 0.01, 1.0, base=0.5).left_by(0.8) == 1.0
+    assert Sequential(0.0, 1.0, 0.01, 1.0, base=0.5).left_by(1.0) == 0.0
 
 
 def test_agreement_in_the_place_of_scores():

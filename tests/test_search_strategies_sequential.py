@@ -42,6 +42,14 @@ def test_the_best_score_so_far_is_what_is_left_to_gain():
     assert drawn("price=0.001", ["bad", "sure", "bad"], SCORES) == ["bad", "sure"]
 
 
+def test_a_good_score_of_a_hopeless_question_is_not_believed_at_once():
+    """Rate .2, calibrated at .5: a score of .9 has odds 9/4, so that 4/13 are left, x .4 / 3 = .04 to gain."""
+    answers = ["good", "bad", "bad", "bad"]
+    assert drawn("rate=0.2, price=0.03", answers, SCORES) == answers[:1]
+    assert drawn("rate=0.2, price=0.03, base=0.5", answers, SCORES) == answers[:3]  # .041, .031, .025
+    assert drawn("rate=0.8, price=0.03, base=0.5", answers, SCORES) == answers[:1]
+
+
 def test_a_free_sample_is_always_worth_it():
     assert drawn("price=0", ["sure"], SCORES, samples=7) == ["sure"] * 7
 
@@ -128,6 +136,8 @@ def test_no_verifier_is_paid_where_none_is_asked():
 def test_a_rate_above_one_is_refused():
     with pytest.raises(ConfigError, match=r"rate = 1.5 is no chance of a right answer: give at most 1"):
         parse("adaptive_budget_majority(rate=1.5)").plan(Budget("samples", 4))
+    with pytest.raises(ConfigError, match=r"base = 1 is no mean rate of success: give less than 1"):
+        parse("adaptive_budget_majority(base=1)").plan(Budget("samples", 4))
     with pytest.raises(ConfigError, match="rate=0 means nothing; give more than 0"):
         parse("adaptive_budget(rate=0)")
     with pytest.raises(ConfigError, match="price=-1 means nothing; give 0 or more"):

@@ -50,6 +50,8 @@ class Entry:
 def _believable(budget: Budget, options: Mapping[str, Any]) -> int:
     if options["rate"] > 1:
         raise ConfigError(f"rate = {options['rate']:g} is no chance of a right answer: give at most 1")
+    if options["base"] >= 1:
+        raise ConfigError(f"base = {options['base']:g} is no mean rate of success: give less than 1")
     return num_samples(budget, options["samples"])
 
 
@@ -85,7 +87,7 @@ STRATEGIES: dict[str, Entry] = {
 
 FIT = "fit"  # instead of a threshold: step_rejection(threshold=fit), see search.thresholds
 SCORED_VOTES = ("highest", "weighted", "sharpened", "hierarchical")
-MAY_BE_ZERO = ("samples", "steps", "ratio", "threshold", "certainty", "max_rounds", "price")
+MAY_BE_ZERO = ("samples", "steps", "ratio", "threshold", "certainty", "max_rounds", "price", "base")
 _SPEC = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
