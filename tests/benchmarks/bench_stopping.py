@@ -4,7 +4,8 @@
 
 Rates of success are Beta(0.5, 0.8); the verifier's scores overlap and are calibrated over all questions. The time of
 `pool_cells`, exact best-of-N and majority on the same pools and budgets, stands beside it. "Best-of-N as good" is the
-number of samples for every question that reaches the rule's accuracy, over the mean number that the rule drew.
+number of samples for every question that reaches the rule's accuracy, over the mean number that the rule drew. The
+sequential budget comes twice: without knowledge of single questions, and with predictions as good as four samples.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    pools = [made_up(rng, str(i), options.samples) for i in range(options.problems)]
+    rates = rng.beta(0.5, 0.8, options.problems)
+    pools = [made_up(rng, str(i), rate, options.samples) for i, rate in enumerate(rates)]
     budgets = [2**i for i in range(options.samples.bit_length()) if 2**i <= options.samples]
 
     began = time.perf_counter()
@@ -50,9 +52,10 @@ def main() -> None:
     rules += [EarlyWeighted(0.8), AdaptiveWeighted()]
     found = [by_budget[-1] for by_budget in stopped(pools, rules, budgets)]
     rules_s, began = time.perf_counter() - began, time.perf_counter()
-    a, b = beta_prior(0.5 / 1.3, 1.3)
-    priors = {pool.key: (float(a), float(b)) for pool in pools}
-    found += [simulate_sequential(pools, priors, price, budgets)[-1] for price in PRICES]
+    mean, known = 0.5 / 1.3, (0.5 + rng.binomial(4, rates)) / (1.3 + 4)
+    for predicted, strength, base in ((np.full(len(pools), mean), 1.3, 0.0), (known, 5.3, mean)):
+        priors = {pool.key: ab for pool, *ab in zip(pools, *beta_prior(predicted, strength), strict=True)}
+        found += [simulate_sequential(pools, priors, price, budgets, base=base)[-1] for price in PRICES]
     sequential_s = time.perf_counter() - began
 
     best = [cell for cell in cells if cell.arm == "best_of_n"]
@@ -64,12 +67,12 @@ def main() -> None:
     markdown(["rule", "accuracy", "samples drawn", "best-of-N as good"], rows)
     print(f"\n{len(pools)} pools of {options.samples}, {len(budgets)} budgets, 32 orders:")
     print(
-        f"{len(rules)} rules {rules_s:.1f} s; {len(PRICES)} prices {sequential_s:.1f} s; 2 exact arms {exact_s:.1f} s"
+        f"{len(rules)} rules {rules_s:.1f} s, 2 x {len(PRICES)} prices {sequential_s:.1f} s, exact arms {exact_s:.1f} s"
     )
 
 
-def made_up(rng: np.random.Generator, key: str, num: int) -> Pool:
-    right = rng.random(num) < rng.beta(0.5, 0.8)
+def made_up(rng: np.random.Generator, key: str, rate: float, num: int) -> Pool:
+    right = rng.random(num) < rate
     answers = tuple("right" if r else f"wrong {rng.geometric(0.2)}" for r in right)
     seen = np.where(right, 0.8, 0.3) + rng.normal(0, 0.18, num)
     scores = 1 / (1 + 0.8 / 0.5 * np.exp(-(seen - 0.55) * 0.5 / 0.18**2))  # what it sees says so much of right or wrong
