@@ -93,6 +93,8 @@ class JsonlTask(FileTask):
     answer_type: Literal["math", "number", "choice", "text"] = "math"
 
 
+CHECKS_STEPS = ("countdown", "arithmetic")  # the types of tasks that can say whether a step is right
+
 TaskConfig = Annotated[CountdownTask | ArithmeticTask | Gsm8kTask | MathTask | JsonlTask, Field(discriminator="type")]
 
 
@@ -316,6 +318,31 @@ class VerifierRuntime(ScoringSection):
 LabelSource = Literal["rollouts", "siblings", "tree", "tree_siblings", "outcomes", "gold"]
 
 
+class StepLabels(Section):
+    """Solutions whose steps were labelled by people or other models: PRM800K and its like.
+
+    Rows {"question", "steps": [text, ...], "labels": [...]}; PRM800K's own rows and those of TRL's stepwise supervision
+    (prompt, completions, labels) are told by their columns. A label that is null carries no loss.
+    """
+
+    path: str = Field(description="a .jsonl file, or the hub name of a data set")
+    hub_config: str | None = None
+    hub_split: str = "train"
+    revision: str | None = Field(default=None, description="commit of the hub data set")
+    question_column: str = "question"
+    steps_column: str = "steps"
+    labels_column: str = "labels"
+    scale: Literal["auto", "unit", "ratings"] = Field(
+        default="auto",
+        description="unit: labels lie in 0..1, or are true and false; ratings: -1 is wrong, 1 right, and 0, which is "
+        "neutral, right too; auto: ratings where one is -1 and all are whole numbers",
+    )
+    max_examples: PositiveInt = Field(
+        default=50_000, description="solutions taken; every question's first comes before any one's second"
+    )
+    max_bad_rows: Fraction = Field(default=0.05, description="share of unusable rows above which loading fails")
+
+
 class TrainedVerifier(VerifierRuntime):
     """A verifier that every round trains on the policy's own answers, and keeps in the champion's bundle."""
 
@@ -331,8 +358,9 @@ class TrainedVerifier(VerifierRuntime):
         description="where step labels come from: rollouts (Monte Carlo, the paper's), siblings (the same, relative to "
         "the steps beside it), tree (mean success of the answers that share a prefix: free), tree_siblings (that, "
         "relative to the steps beside it), outcomes (of whole answers, through a multiple-instance loss), gold (of "
-        "tasks that can check a step)",
+        "tasks that can check a step, and of the data set `steps`)",
     )
+    steps: StepLabels | None = Field(default=None, description="labels = gold: a data set of labelled solutions")
     init: Literal["policy", "base"] = Field(default="policy", description="initial weights, without an older verifier")
     warm_start: bool = Field(default=True, description="go on from the champion's verifier")
     problems: PositiveInt = Field(default=1000, description="training problems on which the winner draws fresh answers")
@@ -385,6 +413,19 @@ class TrainedVerifier(VerifierRuntime):
             raise ValueError(
                 f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labelled_steps(self) -> TrainedVerifier:
+        if self.steps is None:
+            return self
+        if "gold" not in self.labels:
+            raise ValueError(
+                f"steps.path = '{self.steps.path}' is read where labels has 'gold', and it is {list(self.labels)}: add "
+                "'gold', or leave [verifier.steps] out"
+            )
+        if self.kind == "orm":
+            raise ValueError("steps holds labels of steps, and kind = 'orm' learns from none: set kind = 'prm'")
         return self
 
 
@@ -459,7 +500,9 @@ class Sampling(Section):
 class Search(Section):
     problems: PositiveInt = Field(default=3000, description="training problems of one round")
     strategy: str = Field(
-        default="best_of_n", description="what the budget is spent on: best_of_n, beam(width=2), step_rejection, ..."
+        default="best_of_n",
+        description="what the budget is spent on: best_of_n, beam(width=2), step_rejection, ...; optimal: by the "
+        "champion's StrategyTable, for as many FLOPs as best_of_n would take",
     )
     samples: PositiveInt = Field(
         default=16, description="budget of a problem in answers, the first `probe_samples` plain ones included"
@@ -527,6 +570,12 @@ class ChainVerifier(TrainedVerifier):
     type: Literal["trained"] = "trained"
     kind: Literal["prm", "orm"] = "orm"
 
+    @model_validator(mode="after")
+    def _labelled_steps(self) -> ChainVerifier:
+        if self.steps is not None:
+            raise ValueError("revision.verifier takes no steps: chains are labelled by their outcomes")
+        return self
+
 
 class Revision(Section):
     """A second policy, trained to mend the winner's wrong answers, and the verifier that reads its chains.
@@ -566,6 +615,28 @@ class Difficulty(Section):
     samples: PositiveInt = 16
     layers: Literal["all", "choose"] = Field(default="choose", description="which hidden layers feed the probe")
     bins: PositiveInt = Field(default=5, description="quantile bins of predicted difficulty")
+
+
+class Table(Section):
+    """The compute-optimal choice: which strategy with which budget, by predicted difficulty; fitted in every round.
+
+    Snell et al. 2024, section 3.2. Its bins are difficulty.bins of the predicted pass rate.
+    """
+
+    enabled: bool = False
+    problems: PositiveInt = Field(default=300, description="validation problems on which strategies are measured")
+    strategies: tuple[str, ...] = Field(
+        default=("greedy", "pass", "majority", "best_of_n", "best_of_n_weighted", "beam(width=4)")
+        + ("step_rejection(draws=16, greedy=true)",),
+        description="what may be chosen; those that need a verifier, or steps scored, are left out where there is none",
+    )
+    budgets: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8, 16), description="samples each is measured with")
+
+    @model_validator(mode="after")
+    def _some(self) -> Table:
+        if not self.strategies or not self.budgets:
+            raise ValueError("table.strategies and table.budgets may not be empty; set table.enabled = false instead")
+        return self
 
 
 class Evaluate(Section):
@@ -651,11 +722,31 @@ class Config(Section):
     distill: Distill = Distill()
     revision: Revision = Revision()
     difficulty: Difficulty = Difficulty()
+    table: Table = Table()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     tracking: Tracking = Tracking()
     orchestration: Orchestration = Orchestration()
     stages: Stages = Stages()
+
+    @property
+    def answer_labels(self) -> tuple[LabelSource, ...]:
+        """The sources of labels of the policy's own answers: `gold` is one where the task can check a step."""
+        settings = self.verifier
+        if settings.type != "trained":
+            return ()
+        checked = settings.kind == "orm" or self.task.type in CHECKS_STEPS  # an outcome verifier takes outcomes alone
+        return tuple(source for source in settings.labels if checked or source != "gold")
+
+    @model_validator(mode="after")
+    def _gold(self) -> Config:
+        settings = self.verifier
+        if settings.type == "trained" and settings.steps is None and self.answer_labels != settings.labels:
+            raise ValueError(
+                f"verifier.labels has 'gold', but task.type = '{self.task.type}' cannot check a step: set "
+                "verifier.steps.path to a data set of labelled solutions, or leave 'gold' out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -24,11 +24,14 @@ class Chosen:
     config: Config
     policy: Path
     verifier: Path | None  # the folder of a trained one
+    difficulty: Path | None = None  # of a predictor fitted to this very policy
+    table: Path | None = None  # of the StrategyTables fitted to it
 
     @property
     def inputs(self) -> dict[str, Path]:
         """As inputs of a stage."""
-        return {"policy": self.policy} | ({"verifier": self.verifier} if self.verifier else {})
+        parts = {"verifier": self.verifier, "difficulty": self.difficulty, "table": self.table}
+        return {"policy": self.policy} | {name: path for name, path in parts.items() if path}
 
 
 def choose(config: Config, runs_dir: Path, model: str) -> Chosen:
@@ -51,9 +54,11 @@ def choose(config: Config, runs_dir: Path, model: str) -> Chosen:
     if model == "base":
         bundle = next((m.bundle for m in reversed(loop.state.moves) if m.bundle.round == 0), champion)
         policy = loop.path / "round-000" / "base"
-    elif not named:
-        policy = Path(model)
-    return _usable(Chosen(config, policy, loop.resolve(bundle.verifier) if bundle.verifier else None))
+    verifier = loop.resolve(bundle.verifier) if bundle.verifier else None
+    if not named:
+        return _usable(Chosen(config, Path(model), verifier))
+    parts = {name: loop.resolve(part) for name, part in bundle.parts().items() if name in ("difficulty", "table")}
+    return _usable(Chosen(config, policy, verifier, **parts))
 
 
 def _reviser(config: Config, loop: Loop, champion: Bundle) -> Chosen:

@@ -138,7 +138,18 @@ def eval_command(
     fresh: Annotated[bool, typer.Option("--fresh", help="search again what is stored under runs/LOOP/eval")] = False,
     pool: Annotated[Path | None, typer.Option(help="a JSONL file of samples made elsewhere")] = None,
     task: Annotated[str | None, typer.Option(help="with --pool: the task that grades them")] = None,
-    report: Annotated[bool, typer.Option("--report", help="draw accuracy against samples, tokens and FLOPs")] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="a page and pictures: accuracy against samples, tokens and FLOPs; the compute-optimal choice by "
+            "difficulty, what it saves, and what limits it. Compares more strategies by default",
+        ),
+    ] = False,
+    larger: Annotated[
+        str | None,
+        typer.Option(help="with --report: folder of a larger model of the same task, for the exchange at equal FLOPs"),
+    ] = None,
     runs_dir: RunsOpt = RUNS,
     as_json: JsonOpt = False,
 ) -> None:
@@ -152,13 +163,15 @@ def eval_command(
     from flows import evaluation as module
 
     chosen = module.Request(_numbers(budgets) if budgets else None, strategies, unit, max_tokens, fresh)
+    if larger is not None and not report:
+        raise typer.BadParameter("--larger belongs to the report: add --report")
     if pool is not None:
         if task is None:
             raise typer.BadParameter("--pool needs --task: which task grades the answers, for example --task math")
         found = module.evaluate_pool(pool, task, chosen, report=report)
     else:
         parsed, _, _ = _config(config, overrides, runs_dir)
-        found = module.evaluate_model(parsed, runs_dir, model, split, problems, chosen, report=report)
+        found = module.evaluate_model(parsed, runs_dir, model, split, problems, chosen, report=report, larger=larger)
     if as_json:
         _print_json(found)
     else:

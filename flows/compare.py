@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import report_text as text
+from flows import table_text
 from flows.history import Cost, History, ModelRef, Round, load_history
 from flows.show import count, seconds
 from flows.state import loop_path
@@ -127,6 +128,10 @@ def print_table(history: History, console: Console) -> None:
     console.print(Text.assemble((history.name, "bold"), f"  {history.task}. {text.rounds_so_far(history)}"))
     console.print(table(history, costs=console.width >= WIDTH))
     console.print(Text("% of the test problems; gain of the greedy answer in points, ± its 95 % interval", "dim"))
+    if (chosen := table_text.over_rounds(history)).rows:
+        console.print()
+        console.print(_drawn(chosen))
+        console.print(Text("of the winner's predictor and StrategyTable; saving: FLOPs at equal accuracy", "dim"))
     finished = [r for r in history.proper if r.number and r.gains]
     lines = text.comparison_lines(history, finished[-1])[:1] if finished else []
     lines = [f"Round {finished[-1].number}: {line[0].lower()}{line[1:]}" for line in lines]
@@ -137,6 +142,18 @@ def print_table(history: History, console: Console) -> None:
     lines += [f"Round {r.name} is not finished: `ratchet round` resumes it." for r in history.rounds if unfinished(r)]
     for line in (*lines, *map(text.clean, history.moves_by_hand)):
         console.print(Text(line), soft_wrap=not console.is_terminal)
+
+
+def _drawn(rows: text.Table) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for head in rows.heads:
+        drawn.add_column(head)
+    for row in rows.rows:
+        drawn.add_row(*(Text(cell) for cell in row.cells))
+    return drawn
 
 
 def unfinished(r: Round) -> bool:

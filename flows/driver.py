@@ -18,11 +18,12 @@ from typing import Any, Protocol
 from configs import load
 from configs.schema import Config
 from flows.artefacts import Manifest, StageDir, StageKey, code_version, sha256_json
-from flows.searching import is_plain, uses_verifier
+from flows.searching import is_plain, uses_table, uses_verifier
 from flows.state import Bundle, Loop, Part, RoundFolder, RoundRecord, folder_name
 from search.errors import CorruptArtefact, TrainingError, UserError
 
-PARTS = ("verifier", "reviser")  # of the bundle, besides policy and difficulty; each is made by the stage of its name
+# of the bundle, besides policy and difficulty; each is made by the stage of its name, the table with the verifier
+PARTS = ("verifier", "reviser", "table")
 IRRELEVANT = ("tracking", "orchestration", "stages")  # sections that change no result
 
 
@@ -225,8 +226,7 @@ def run_improvement(run: RoundRun) -> RoundRecord:
     if not _has_problems(problems.path):
         raise NothingToDo("nothing new and nothing unsolved: every training problem was searched and solved")
     baseline = run.stage("baseline", {"problems": problems, "policy": policy})
-    scored = {"verifier": run.part(champion.verifier)} if champion.verifier and uses_verifier(run.config) else {}
-    searched = run.stage("search", {"problems": problems, "policy": policy, **scored})
+    searched = run.stage("search", {"problems": problems, "policy": policy, **_search_parts(run, champion)})
     base = run.of_round(0, "base")
     try:
         selected = run.stage(
@@ -268,17 +268,40 @@ def _fit_parts(
 ) -> dict[str, Part | None]:
     """The trained parts of the bundle, fitted to the gate's winner; where one comes to nothing, the old one stays."""
     inputs = {"problems": problems, "base": base, "policy": policy, "pools": pools, **answers}
-    wanted = {"verifier": run.config.verifier.type == "trained", "reviser": run.config.revision.enabled}
+    config = run.config
+    wanted = {"verifier": config.verifier.type == "trained", "reviser": config.revision.enabled}
+    wanted["table"] = config.table.enabled
     parts: dict[str, Part | None] = {}
     for name in PARTS:
         old: Part | None = getattr(champion, name) if champion else None
         if not wanted[name]:
             parts[name] = None
             continue
-        made = run.stage(name, inputs | ({"previous": run.part(old)} if old else {}))
+        given = inputs | ({"previous": run.part(old)} if old else {})
+        if name == "table":
+            given = {"problems": problems, "policy": policy, "pools": pools}
+            given |= _what_chooses(run, parts["verifier"], policy, pools, champion)
+        made = run.stage(name, given)
         report = json.loads((made.path / "report.json").read_text(encoding="utf-8"))
         parts[name] = run.loop.part(made.path) if report["usable"] else old
     return parts
+
+
+def _search_parts(run: RoundRun, champion: Bundle) -> dict[str, Source]:
+    """The parts of the champion that the round's search asks."""
+    wanted = {"verifier"} if uses_verifier(run.config) else set[str]()
+    wanted |= {"difficulty", "table"} if uses_table(run.config) else set[str]()
+    return {name: run.part(part) for name, part in champion.parts().items() if name in wanted}
+
+
+def _what_chooses(
+    run: RoundRun, verifier: Part | None, policy: Source, pools: Source, champion: Bundle | None
+) -> dict[str, Source]:
+    """What the winner's StrategyTable is fitted with: its verifier, and its difficulty predictor, if one is usable."""
+    stayed = champion is not None and policy.id == champion.policy.sha256
+    difficulty = _fitted(run, pools) or (champion.difficulty if champion and stayed else None)
+    parts = {"verifier": verifier, "difficulty": difficulty}
+    return {name: run.part(part) for name, part in parts.items() if part}
 
 
 def run_control(run: RoundRun) -> RoundRecord:

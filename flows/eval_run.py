@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,22 @@ from typing import Any
 from configs.schema import Config
 from flows.chosen import load_chosen_verifier
 from flows.eval_store import Cell, count_lines, fitted, kept
+from flows.rating import Rates, predict_rates
 from flows.stages import write_json
+from flows.tables import load_tables
 from search import answers
+from search.choosing import choose_each, choose_together
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.errors import VerifierError
 from search.parallel import Report, fork_map
 from search.policy import Policy, Sampler, Scorer, none_scored
 from search.results import read_results, read_unfinished, write_results, write_unfinished
-from search.run import Plan, Progress, search_shard
+from search.run import Plan, Plans, Progress, search_shard
 from search.scheduler import Searching, Tick, run_together
 from search.sets import read_problems
-from search.strategies import parse
+from search.strategies import OPTIMAL, parse
+from search.table import StrategyTable
 from search.tasks import load_task
 from search.thresholds import GRID, fit_threshold, needs_fit, with_threshold
 from search.types import Budget, Candidate, Problem, SearchResult, Verifier
@@ -77,6 +82,7 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
     total, all_problems = to_fit + sum(s.weight for s in shards), sum(s.end - s.start for s in shards)
     fitting = Done()
     states = [Done() for _ in range(num)]
+    rates = _rates(config, inputs, problems) if any(is_optimal(cell) for cell in cells) else {}
 
     def report_fit(index: int, row: dict[str, Any]) -> None:
         nonlocal fitting
@@ -100,7 +106,9 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
         sampler = Sampler.of(config, engine, task, "evaluate", f"pool-{request['split']}")
         verifier = load_chosen_verifier(config, task, inputs) if any(cell.verified for cell in cells) else None
         limit = None if left is None else left // num
-        _Process(sampler, verifier, problems, limit, num, tell).run(assign(shards, num)[index])
+        table = load_tables(inputs["table"])["answer"] if "table" in inputs else None
+        plans = functools.partial(plans_of, verifier=verifier, table=table, rates=rates)
+        _Process(sampler, verifier, plans, problems, limit, num, tell).run(assign(shards, num)[index])
         engine.close()
 
     left: int | None = request["max_tokens"]
@@ -109,6 +117,21 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
         (tokens,) = fork_map(fit_all, 1, report_fit, fork=True)
         left = None if left is None else left - tokens
     fork_map(work, num, report)
+
+
+def _rates(config: Config, inputs: Mapping[str, Path], problems: Sequence[Problem]) -> Rates:
+    """Predicted pass rates, in a process of its own: nothing of the model stays here before others are forked."""
+    (found,) = fork_map(
+        lambda index, tell: predict_rates(config, inputs, problems), 1, lambda index, row: None, fork=True
+    )
+    rates, why = found
+    if not rates:
+        print(f"every question gets the same: {why}", file=sys.stderr)
+    return rates
+
+
+def is_optimal(cell: Cell) -> bool:
+    return bool(cell.strategy) and parse(cell.strategy).name == OPTIMAL
 
 
 def _fit_all(
@@ -179,6 +202,7 @@ class _Process:
         self,
         sampler: Sampler,
         verifier: Verifier | None,
+        plans: Callable[[Cell], Plans],
         problems: Sequence[Problem],
         max_tokens: int | None,
         num_processes: int,
@@ -186,6 +210,7 @@ class _Process:
     ):
         self._sampler = sampler
         self._verifier = verifier
+        self._plans = plans
         self._problems = problems
         self._max_tokens = max_tokens
         self._num_processes = num_processes
@@ -234,7 +259,7 @@ class _Process:
         search_shard(
             problems,
             there.values(),
-            plan_of(shard.cell, verifier),
+            self._plans(shard.cell),
             self._sampler,
             shard.path,
             verifier=verifier,
@@ -256,15 +281,23 @@ class _Process:
         return True
 
 
-def plan_of(cell: Cell, verifier: Verifier | None) -> Plan:
-    """What is run on every problem of a cell."""
+def plans_of(cell: Cell, *, verifier: Verifier | None, table: StrategyTable | None, rates: Rates) -> Plans:
+    """What is run on the problems of a cell: one plan for all, or what the table chooses for each."""
     if not cell.strategy:
         name = f"pool({cell.amount:g})" if not cell.first else f"pool({cell.first}+{cell.amount:g})"
         return Plan(name, functools.partial(_block, first=cell.first), cell.budget, answers.majority)
     spec, threshold = parse(cell.strategy), fitted(cell)
+    facts = verifier.facts if verifier and cell.verified else None
+    if spec.name == OPTIMAL:
+        assert table is not None, "an optimal choice was planned without a table"
+        each = choose_each(table, rates, cell.amount, facts)
+        if not spec.options.get("spread"):
+            return each
+        flops = [each.rungs_B[b].flops for b in table.bins(list(rates.values())).tolist()] or [each.rungs_B[0].flops]
+        return choose_together(table, rates, sum(flops) / len(flops), facts)
     if threshold is not None:
         spec = with_threshold(spec, threshold)
-    return spec.plan(cell.budget, verifier.facts if verifier and cell.verified else None)
+    return spec.plan(cell.budget, facts)
 
 
 async def _block(

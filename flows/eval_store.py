@@ -24,7 +24,7 @@ from search.engines.reference import policy_path
 from search.evaluate import Outcomes, joined, pool_figures, read_outcomes, reduce_pool
 from search.evaluate import PoolFigures as Figures
 from search.results import partial_path, read_partial, read_results, read_unfinished
-from search.strategies import VOTES, Spec
+from search.strategies import OPTIMAL, VOTES, Spec
 from search.thresholds import GRID, needs_fit
 from search.types import Budget, Problem, SearchResult, Spend
 
@@ -115,8 +115,10 @@ class Store:
         problems: Sequence[Problem],
         num: int,
         fit: Sequence[Problem] = (),
+        choosing: Sequence[Path] = (),
     ):
-        """`num`: processes that will share the problems, where shards are new. `fit`: where thresholds are fitted."""
+        """`num`: processes that will share the problems, where shards are new. `fit`: where thresholds are fitted.
+        `choosing`: folders of the StrategyTable and of the predictor that it is asked with."""
         self.root = root
         self._problems = problems
         self._processes = num
@@ -134,6 +136,7 @@ class Store:
         }
         self._verifier = config.verifier.model_dump(mode="json")
         self._fit = {"fitted_on": _hash_problems(fit), "grid": list(GRID)}
+        self._choosing = choosing
 
     def search(self, spec: Spec, budget: Budget, fingerprint: str | None) -> Cell:
         """A strategy's own search. `fingerprint` of the verifier that it asks; None: it asks none."""
@@ -143,6 +146,7 @@ class Store:
         asked = {"fingerprint": fingerprint, **self._verifier} if fingerprint is not None else None
         what = {"strategy": plain, "unit": budget.unit, "amount": budget.amount, "verifier": asked}
         what |= self._fit if needs_fit(spec) else {}
+        what |= {"chosen_by": _hash_folders(self._choosing)} if spec.name == OPTIMAL else {}
         return self._cell(name, what, strategy=plain, unit=budget.unit, amount=budget.amount, verified=bool(asked))
 
     def pool(self, num: int) -> list[Cell]:
@@ -295,6 +299,13 @@ def _base_of_adapter(folder: Path) -> list[Path]:
 def _hash_problems(problems: Sequence[Problem]) -> str:
     rows = [[p.key, p.question, p.answer] for p in problems]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _hash_folders(folders: Sequence[Path]) -> str:
+    files = (
+        path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")
+    )
+    return sha256_json([[path.name, sha256_file(path)] for path in files])[:16]
 
 
 def sources() -> list[Path]:

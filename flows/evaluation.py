@@ -9,6 +9,7 @@ their own (`sample`): in a child process, on all cores, holding the GPU's lock. 
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import Config
-from flows import eval_store
+from flows import eval_report, eval_store
 from flows.child import signals_end_children
 from flows.chosen import Chosen, choose
 from flows.driver import StageCall
@@ -28,22 +29,38 @@ from flows.locks import lock
 from flows.stage import Stages
 from flows.stages import Context, Inputs, write_json
 from flows.state import Loop
+from flows.tables import load_tables
+from search.cells import Grid, halves, pool_cells, searched_cell
 from search.engines import num_processes
 from search.errors import BudgetError, ConfigError, DataError, StageFailed
-from search.evaluate import SCORED_RULES
+from search.evaluate import SCORED_RULES, Pool, joined, reduce_pool
+from search.results import read_results
 from search.run import Progress
 from search.sets import read_problems, write_problems
 from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
-from search.strategies import Spec, parse, parse_list
+from search.strategies import OPTIMAL, VOTES, Spec, parse, parse_list
+from search.table import EVERYWHERE, StrategyTable
 from search.tasks import load_task
 from search.thresholds import GRID, needs_fit, with_threshold
-from search.types import Budget, Problem, Spend, Task, VerifierFacts
+from search.types import Budget, Problem, SearchResult, Spend, Task, VerifierFacts
 from search.verifiers import describe
 
 NUM_FIT = 100  # problems on which a threshold is fitted
 ALWAYS = ("greedy", "pass", "majority")
 WITH_VERIFIER = ("best_of_n", "best_of_n_weighted")
 WITH_STEP_SCORES = ("beam", "dvts", "rebase", "step_rejection")
+REPORTED = ("greedy", "pass", "majority", "adaptive_majority")  # with --report, and more where steps are scored
+SHARPENED = "best_of_n_weighted(vote=sharpened)"
+REPORTED_STEPS = (
+    "beam(width=2)",
+    "beam(width=4)",
+    "lookahead(width=2)",
+    "dvts(width=2)",
+    "step_rejection(draws=4)",
+    "step_rejection(draws=32, greedy=true)",
+    "step_rejection(draws=4, greedy=true, restart=true)",
+)
+BIN_SAMPLES = 32  # with --report: more independent samples, which tell difficulty apart from what is measured
 RULE_OF_VOTE = {
     "majority": "majority",
     "highest": "best_of_n",
@@ -74,11 +91,20 @@ class Item:
 
     @property
     def scored(self) -> bool:
-        return bool(self.spec.needs)
+        """Whether it may ask the verifier."""
+        return bool(self.spec.needs) or self.spec.name == OPTIMAL
 
 
 def evaluate_model(
-    config: Config, runs_dir: Path, model: str, split: str, num_problems: int, request: Request, *, report: bool
+    config: Config,
+    runs_dir: Path,
+    model: str,
+    split: str,
+    num_problems: int,
+    request: Request,
+    *,
+    report: bool,
+    larger: str | None = None,
 ) -> dict[str, Any]:
     """Search held-out problems with a model and report; on the test split a look is counted, whatever the model.
 
@@ -90,7 +116,8 @@ def evaluate_model(
     chosen = choose(config, runs_dir, model)
     config = chosen.config
     facts = describe(config, task, trained=chosen.verifier)
-    items = plan(request, facts)
+    table = load_tables(chosen.table)["answer"] if chosen.table else None
+    items = plan(request, facts, table, report=report)
     problems = _problems(task, split, num_problems, runs_dir / config.loop.name)
     if not problems:
         raise DataError(f"--split {split}: the task has no problem in it; give more problems, or a larger share")
@@ -100,18 +127,39 @@ def evaluate_model(
     root.mkdir(parents=True, exist_ok=True)
     with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
         fit = _problems(task, "fit", NUM_FIT, runs_dir / config.loop.name)
-        store = Store(root, config, chosen.policy, split, problems, num_processes(config), fit)
-        searches = _Searches(store, items, facts.fingerprint if facts else None)
+        choosing = [folder for folder in (chosen.table, chosen.difficulty) if folder]
+        store = Store(root, config, chosen.policy, split, problems, num_processes(config), fit, choosing)
+        searches = Searches(store, items, facts.fingerprint if facts else None, binning=BIN_SAMPLES if report else 0)
         if request.fresh:
             store.forget(searches.cells)
         _search(chosen, split, problems, fit, searches.cells, request)
-        rows, curves, num_ungraded = searches.rows({p.key: i for i, p in enumerate(problems)})
+        order = {p.key: i for i, p in enumerate(problems)}
+        rows, curves, num_ungraded = searches.rows(order)
         spent = searches.spent(request.max_tokens)
     _tell_unfinished(rows, len(problems), request.max_tokens, spent.get("generated_tokens"))
     found = to_json(task.name, len(problems), num_ungraded, rows, curves)
     found |= {"unit": request.unit, "model": model, "split": split, **spent}
     if report:
-        _draw(found, runs_dir / config.loop.name / _report_name(model, split, config, facts))
+        folder = runs_dir / config.loop.name / _report_name(model, split, config, facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        _draw(found, folder / "strategies.png")
+        rates, flops = _rates(chosen, problems)
+        grid, pools, others = searches.grid(order)
+        greedy = None if larger is None else _larger(config, runs_dir, larger, split, problems, request)
+        found |= eval_report.write(
+            folder,
+            found,
+            grid,
+            pools,
+            others,
+            rates,
+            flops,
+            table,
+            bins=config.difficulty.bins,
+            scored=facts is not None,
+            seed=config.loop.seed,
+            larger=greedy,
+        )
     return found
 
 
@@ -128,29 +176,37 @@ def _report_name(model: str, split: str, config: Config, facts: VerifierFacts | 
     if facts is not None:
         kind, fingerprint = config.verifier.type, facts.fingerprint
         name += f"-{fingerprint}" if fingerprint.startswith(f"{kind}-") else f"-{kind}-{fingerprint}"
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".png"
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
 # ---------------------------------------------------------------- what is run
 
 
-def plan(request: Request, facts: VerifierFacts | None) -> list[Item]:
+def plan(
+    request: Request, facts: VerifierFacts | None, table: StrategyTable | None = None, *, report: bool = False
+) -> list[Item]:
     """Every strategy at every budget that can buy it; what one cannot buy is left out with a line on stderr.
 
-    Raises ConfigError, and BudgetError where nothing is left.
+    `table` is what `optimal` chooses by; a `report` compares more strategies by default. Raises ConfigError, and
+    BudgetError where nothing is left.
     """
     if request.unit not in ("samples", "tokens", "flops"):
         raise ConfigError(f"--unit {request.unit}: expected samples, tokens or flops")
-    specs = parse_list(request.strategies) if request.strategies else [parse(name) for name in _default(facts)]
+    named = REPORTED if report else ALWAYS
+    specs = parse_list(request.strategies) if request.strategies else [parse(n) for n in _default(facts, named)]
+    budgets = request.budgets or ((1, 2, 4, 8, 16, 32) if report else (1, 4, 16, 64))
     items: list[Item] = []
     refused: BudgetError | None = None
     for spec in dict.fromkeys(spec.text for spec in specs):
         chosen = parse(spec)
-        for amount in (1.0,) if chosen.name == "greedy" else request.budgets or (1.0, 4.0, 16.0, 64.0):
+        for amount in (1.0,) if chosen.name == "greedy" else map(float, budgets):
             unit = "samples" if chosen.name == "greedy" else request.unit
             budget = Budget(unit, amount)  # pyright: ignore[reportArgumentType]
             try:
-                (with_threshold(chosen, 0.5) if needs_fit(chosen) else chosen).plan(budget, facts)
+                if chosen.name == OPTIMAL and table is not None:
+                    table.choose(EVERYWHERE, amount)
+                else:
+                    (with_threshold(chosen, 0.5) if needs_fit(chosen) else chosen).plan(budget, facts)
             except BudgetError as error:
                 refused = error
                 print(f"left out: {chosen.text} at {amount:g}: {error}", file=sys.stderr)
@@ -161,10 +217,12 @@ def plan(request: Request, facts: VerifierFacts | None) -> list[Item]:
     return items
 
 
-def _default(facts: VerifierFacts | None) -> tuple[str, ...]:
+def _default(facts: VerifierFacts | None, always: Sequence[str]) -> tuple[str, ...]:
     if facts is None:
-        return ALWAYS
-    return (*ALWAYS, *WITH_VERIFIER, *(WITH_STEP_SCORES if facts.process else ()))
+        return tuple(always)
+    if always is ALWAYS:
+        return (*always, *WITH_VERIFIER, *(WITH_STEP_SCORES if facts.process else ()))
+    return (*always, *WITH_VERIFIER, SHARPENED, *(REPORTED_STEPS if facts.process else ()))
 
 
 def _rule(spec: Spec, budget: Budget) -> str | None:
@@ -174,11 +232,13 @@ def _rule(spec: Spec, budget: Budget) -> str | None:
     return RULE_OF_VOTE[spec.vote] if spec.vote else spec.entry.pool
 
 
-class _Searches:
+class Searches:
     """The searches behind the items, and what they found."""
 
-    def __init__(self, store: Store, items: Sequence[Item], verifier: str | None):
+    def __init__(self, store: Store, items: Sequence[Item], verifier: str | None, *, binning: int = 0):
+        """`binning`: samples beside those of the largest budget, by which difficulty is told."""
         self._items = items
+        self.binning = binning
         self._cells = {
             (item.spec.text, item.budget.amount): store.search(
                 item.spec, item.budget, verifier if item.scored else None
@@ -188,9 +248,28 @@ class _Searches:
         }
         sizes = [int(item.budget.amount) for item in items if item.rule]
         self._num = max(sizes, default=0)
-        self._blocks = store.pool(self._num)
+        self._blocks = store.pool(self._num + binning)
         scored = verifier is not None and any(item.rule in SCORED_RULES for item in items)
         self._scores = [store.scores(block, verifier) for block in self._blocks] if scored and verifier else []
+
+    def grid(self, order: Mapping[str, int]) -> tuple[Grid, list[Pool], list[Pool]]:
+        """All that was measured at budgets of samples, problem by problem; the pools behind it; and the disjoint
+        samples that tell difficulty. Raises DataError where a search is not complete."""
+        keys = tuple(order)
+        blocks = [block.folder for block in self._scores or self._blocks]
+        pools = [reduce_pool(r) for r in joined(blocks, order, self._num)] if self._num else []
+        if self._num and len(pools) < len(keys):
+            raise DataError(f"samples of {len(keys) - len(pools)} problems are missing: run the same command again")
+        rest = [reduce_pool(halves(r, self._num)[1]) for r in joined(blocks, order, self._num + self.binning)]
+        rules = {item.spec.text: item.rule for item in self._items if item.rule}
+        sizes = sorted({int(item.budget.amount) for item in self._items if item.rule})
+        cells = pool_cells(pools, rules, sizes) if rules else []
+        for item in self._items:
+            if item.rule is None and item.budget.unit == "samples" and item.spec.name != OPTIMAL:
+                folder, text = self._cells[item.spec.text, item.budget.amount].folder, item.spec.text
+                rule = VOTES[item.spec.vote] if item.spec.vote else None
+                cells.append(searched_cell(folder, text, item.budget.amount, keys, rule))
+        return Grid(keys, tuple(cells)), pools, rest
 
     @property
     def cells(self) -> list[Cell]:
@@ -279,6 +358,38 @@ def _search(
     for cell in lacking:
         if (found := eval_store.read_fit(cell)) is not None:
             print(_fit_line(cell, found, len(fit)), file=sys.stderr)
+
+
+def _larger(
+    config: Config, runs_dir: Path, model: str, split: str, problems: Sequence[Problem], request: Request
+) -> list[SearchResult]:
+    """The greedy answers of a larger model of the same task to the same problems, kept as any search is."""
+    chosen = choose(config, runs_dir, model)
+    root = runs_dir / config.loop.name / "eval"
+    with lock(root / ".lock", f"an evaluation of loop {config.loop.name}"):
+        store = Store(root, config, chosen.policy, split, problems, num_processes(config))
+        cell = store.search(parse("greedy"), Budget("samples", 1.0), None)
+        if request.fresh:
+            store.forget([cell])
+        _search(chosen, split, problems, (), [cell], request)
+        return list(read_results(cell.folder))
+
+
+def _rates(chosen: Chosen, problems: Sequence[Problem]) -> tuple[dict[str, float], float]:
+    """Predicted pass rates, and the FLOPs of a prediction; none where there is no usable predictor."""
+    if chosen.difficulty is None:
+        return {}, 0.0
+    with work_folder() as folder:
+        write_problems(problems, folder / "problems.jsonl")
+        out = folder / "rate"
+        out.mkdir()
+        call = StageCall("rate", 0, None, chosen.config, chosen.inputs | {"problems": folder}, out, heavy=True, look=1)
+        with signals_end_children(), Stages(chosen.config) as stages:
+            stages(call, lambda *_, **__: None)
+        found = json.loads((out / "rates.json").read_text(encoding="utf-8"))
+    if not found["rates"]:
+        print(f"no bins by question: {found['why']}", file=sys.stderr)
+    return found["rates"], found["flops"]
 
 
 def _fit_line(cell: Cell, fit: Mapping[str, Any], num_problems: int) -> str:

@@ -69,6 +69,7 @@ WHAT = {
     "difficulty": "fitting the difficulty predictor",
     "verifier": "training the verifier",
     "reviser": "training a policy that revises",
+    "table": "measuring strategies, to choose by difficulty",
 }
 
 
@@ -139,6 +140,12 @@ def _note(name: str, m: dict[str, float]) -> str:
                 return ", ".join(found) + ("" if m["verifier/usable"] else "; not usable: the one before stays")
             case "reviser":
                 return "" if m["revision/usable"] else "not usable: the one before stays"
+            case "table":
+                if not m["table/usable"]:
+                    return "not usable: the one before stays"
+                saved = [(int(k.rpartition("_")[2]), v) for k, v in m.items() if k.startswith("table/saving_at_")]
+                said = [f"{v:.1f} x fewer FLOPs than best-of-{n} at equal accuracy" for n, v in sorted(saved)[-1:]]
+                return "; ".join([f"{m['table/bins']:g} bin" + "s" * (m["table/bins"] != 1), *said])
             case "difficulty":
                 return f"Spearman {m['difficulty/spearman']:.2f}, Brier {m['difficulty/brier']:.3f}"
             case _:

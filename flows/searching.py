@@ -3,6 +3,9 @@
 Only the plain ones make difficulty labels, so they come first among a problem's candidates. Best-of-N is nothing but
 plain samples: one pool. Answers are chosen by the gold answer where there is one. The search of a control round draws
 plain samples alone, for as many FLOPs as the round spent on each problem, its verifier included.
+
+`optimal` lets the champion's StrategyTable choose for each problem, so that all together cost as many FLOPs as the
+plain samples of best-of-N would: where more training data is to be found for a FLOP, more is spent.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ from configs.schema import Config
 from flows.stages import Context, Inputs, Job, run_jobs, write_json, write_metrics
 from search import answers
 from search.answers import Rule
+from search.choosing import arm_flops, choose_together
 from search.errors import BudgetError, ConfigError
 from search.policy import Policy, Scorer, Waiting
 from search.results import read_results
 from search.run import Plan
 from search.sets import read_problems
-from search.strategies import Spec, parse
+from search.strategies import OPTIMAL, Spec, parse
 from search.strategies.sizes import num_samples
 from search.types import Budget, Candidate, Grade, Problem, Spend, VerifierFacts
 
@@ -34,7 +38,16 @@ Searching = Coroutine[Waiting, None, list[Candidate]]
 
 def check(config: Config) -> None:
     """Can a round be run with this search? Raises ConfigError, BudgetError (both exit with 2)."""
-    round_plan(config)
+    if uses_table(config):
+        _beside_plain(config, parse(config.search.strategy))
+        if not config.table.enabled:
+            raise ConfigError("search.strategy = 'optimal' asks the StrategyTable: set table.enabled = true")
+    else:
+        round_plan(config)
+    if config.table.enabled:
+        from flows.tabling import measurable
+
+        measurable(config, _facts(config))
     if config.engine.type == "server":
         raise ConfigError(
             "engine.type = 'server' serves one policy, and a round makes new ones: run rounds on engine.type = "
@@ -48,12 +61,7 @@ def round_plan(config: Config) -> Plan:
     budget = Budget("samples", settings.samples)
     if spec.entry.pool:
         return _pool_plan(config, spec, budget)
-    left = settings.samples - settings.probe_samples
-    if left < 1:
-        raise BudgetError(
-            f"search.samples = {settings.samples} leaves search.strategy = '{spec.text}' nothing beside "
-            f"search.probe_samples = {settings.probe_samples}: raise search.samples"
-        )
+    left = _beside_plain(config, spec)
     try:
         inner = spec.plan(replace(budget, amount=left), _facts(config))
     except BudgetError as error:
@@ -61,9 +69,26 @@ def round_plan(config: Config) -> Plan:
             f"search.strategy = '{spec.text}' has {left} of search.samples = {settings.samples}, "
             f"search.probe_samples = {settings.probe_samples} being plain ones: {error}"
         ) from error
-    strategy = functools.partial(_probed, num_plain=settings.probe_samples, strategy=inner.strategy)
-    name = f"plain({settings.probe_samples}) + {inner.name}"
-    return Plan(name, strategy, budget, gold_or(inner.rule), inner.scored)
+    return _after_plain(config, inner)
+
+
+def _beside_plain(config: Config, spec: Spec) -> int:
+    """Samples that a strategy has beside the plain ones. Raises BudgetError."""
+    settings = config.search
+    left = settings.samples - settings.probe_samples
+    if left < 1:
+        raise BudgetError(
+            f"search.samples = {settings.samples} leaves search.strategy = '{spec.text}' nothing beside "
+            f"search.probe_samples = {settings.probe_samples}: raise search.samples"
+        )
+    return left
+
+
+def _after_plain(config: Config, inner: Plan) -> Plan:
+    num = config.search.probe_samples
+    strategy = functools.partial(_probed, num_plain=num, strategy=inner.strategy)
+    budget = Budget("samples", num + inner.budget.amount)
+    return Plan(f"plain({num}) + {inner.name}", strategy, budget, gold_or(inner.rule), inner.scored)
 
 
 def _pool_plan(config: Config, spec: Spec, budget: Budget) -> Plan:
@@ -94,7 +119,12 @@ def _facts(config: Config) -> VerifierFacts | None:
 
 def uses_verifier(config: Config) -> bool:
     """Whether the round's strategy is given the configured verifier."""
-    return _asks(parse(config.search.strategy)) and config.verifier.type != "none"
+    return (_asks(parse(config.search.strategy)) or uses_table(config)) and config.verifier.type != "none"
+
+
+def uses_table(config: Config) -> bool:
+    """Whether the champion's StrategyTable chooses the round's strategies."""
+    return parse(config.search.strategy).name == OPTIMAL
 
 
 def _asks(spec: Spec) -> bool:
@@ -146,13 +176,17 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         _search_plainly(context, inputs, out)
         return
     config, unverified = context.config, False
-    if uses_verifier(config) and config.verifier.type == "trained" and "verifier" not in inputs:
+    trained = config.verifier.type == "trained"
+    if (uses_verifier(config) and trained and "verifier" not in inputs) or (
+        uses_table(config) and "table" not in inputs
+    ):
         unverified = True  # the champion has none that is usable: the round goes on without
         config = config.model_copy(update={"search": config.search.model_copy(update={"strategy": "best_of_n"})})
     problems = read_problems(inputs["problems"] / "search.jsonl")
+    plan = round_plan(config) if not uses_table(config) else _chosen(config, inputs, problems, out)
     job = Job(
         folder="",
-        plan=round_plan(config),
+        plan=plan,
         problems=problems,
         stage=f"search/{context.round}",
         split="train",
@@ -160,6 +194,7 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         verified=uses_verifier(config),
         stepwise=not parse(config.search.strategy).entry.pool,
         max_tokens=config.search.max_tokens,
+        expected_samples=config.search.samples,
     )
     spend = run_jobs(context, inputs, out, [job])
     outcomes: dict[str, tuple[int, int]] = {}
@@ -171,6 +206,21 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
     write_json(out / "outcomes.json", outcomes)
     figures = {"failed": num_failed, "unfinished": len(problems) - len(outcomes), "unverified": int(unverified)}
     _write_figures(out, spend, outcomes, figures)
+
+
+def _chosen(config: Config, inputs: Inputs, problems: Sequence[Problem], out: Path) -> Callable[[Problem], Plan]:
+    """What the table of the champion chooses for each problem, at the FLOPs of best-of-N. chosen.json says what."""
+    from flows.rating import predict_rates
+    from flows.tables import load_tables
+
+    table = load_tables(inputs["table"])["rows"]
+    left = _beside_plain(config, parse(config.search.strategy))
+    rates, why = predict_rates(config, inputs, problems)
+    each = arm_flops(table, "pass", left)
+    chooser = choose_together(table, rates, each, _facts(config))
+    chosen = {"difficulty": why, "predicted": len(rates), "mean_flops": each, "strategies": chooser.counts(problems)}
+    write_json(out / "chosen.json", chosen)
+    return lambda problem: _after_plain(config, chooser(problem))
 
 
 def _write_figures(

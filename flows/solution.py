@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Solution:
     load_s: float
     delimiter: str  # of the task's steps
     capped: bool  # the token cap may have ended the search early
+    by_table: Mapping[str, Any] | None = None  # what the StrategyTable chose: rate, bin, bins, why, strategy, value
 
     @property
     def chosen(self) -> Candidate | None:
@@ -77,6 +78,7 @@ class Solution:
             "gold": result.problem.answer,
             "text": self.chosen.text if self.chosen else None,
             "strategy": result.strategy,
+            "by_table": None if self.by_table is None else dict(self.by_table),
             "model": self.model,
             "fingerprint": result.model,
             "seed": result.seed,
@@ -112,7 +114,7 @@ class Solution:
         flops = f"{count(spend.flops_ideal)}, {count(spend.flops_actual)} with what was computed twice"
         note = [("note", "approximate: the server returned text, not token ids")] if result.approximate else []
         return [
-            ("strategy", result.strategy),
+            ("strategy", result.strategy + self._chosen_for()),
             ("samples", f"{spend.samples:,}, and {len(result.candidates):,} candidates at the end"),
             ("tokens", tokens),
             ("FLOPs", flops),
@@ -120,6 +122,14 @@ class Solution:
             ("model", f"{self.model} ({result.model})"),
             *note,
         ]
+
+    def _chosen_for(self) -> str:
+        if self.by_table is None:
+            return ""
+        if self.by_table["rate"] is None:
+            return f", the table's choice for any question: {self.by_table['why']}"
+        rate = f"a predicted pass rate of {100 * self.by_table['rate']:.0f} %"
+        return f", chosen for {rate} (difficulty {self.by_table['bin']} of {self.by_table['bins']})"
 
     def verdict(self) -> str | None:
         """Whether the answer is right, in words; None where nobody can tell."""

@@ -28,11 +28,14 @@ from flows.chosen import Chosen, choose, load_chosen_verifier
 from flows.driver import StageCall
 from flows.evaluation import work_folder
 from flows.locks import gpu_locks
+from flows.rating import predict_rates
 from flows.show import count, harmless, seconds
 from flows.solution import Solution
 from flows.stage import Stages, in_process, used_gpus
 from flows.stages import Context, Inputs, write_json
+from flows.tables import load_tables
 from search import answers, strategies
+from search.choosing import choose_each
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.errors import ConfigError, DataError
@@ -40,13 +43,14 @@ from search.policy import Sampler
 from search.run import Plan, Progress, search
 from search.tasks import load_task
 from search.trace import Node, Trace
-from search.types import SPLITS, Budget, Problem, SearchResult, Task, Verifier
+from search.types import SPLITS, Budget, Engine, Problem, SearchResult, Task, Verifier
 
 WITHOUT_SCORES = {  # what the configured strategy is here without a verifier, or instead of a look at the gold answer
     "pass": "majority",
     "best_of_n": "majority",
     "best_of_n_weighted": "majority",
     "adaptive_best_of_n": "adaptive_majority",
+    "adaptive_budget": "adaptive_budget_majority",
     "revisions": "revisions_majority",
 }
 _OURS = ("bootstrap", "scripted")  # bases that only a round makes
@@ -158,9 +162,13 @@ def solve(context: Context, inputs: Inputs, out: Path) -> None:
     try:
         problem = find_problem(task, asked.text)
         verifier = load_chosen_verifier(config, task, inputs)
-        plan = make_plan(config, asked, problem, verifier)
+        by_table = chooses(asked, inputs, verifier)
+        plan = None if by_table else make_plan(config, asked, problem, verifier)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num_processes(config))
         loaded_s = time.monotonic()
+        about: dict[str, Any] = {}
+        if plan is None:
+            plan, about["by_table"] = _by_table(config, inputs, asked, problem, verifier, engine)
         sampler = Sampler.of(config, engine, task, "solve", "question")
         context.progress(0, 1, tokens=0, steps=0)
         trace = Trace()
@@ -181,7 +189,7 @@ def solve(context: Context, inputs: Inputs, out: Path) -> None:
     write_json(out / "result.json", result.to_json())
     write_json(out / "trace.json", trace.to_json())
     times = {"load_s": loaded_s - started_s, "search_s": searched_s - loaded_s}
-    write_json(out / "about.json", times | {"delimiter": task.step_delimiter})
+    write_json(out / "about.json", times | about | {"delimiter": task.step_delimiter})
 
 
 def find_problem(task: Task, question: str) -> Problem:
@@ -196,9 +204,39 @@ def find_problem(task: Task, question: str) -> Problem:
     return problem
 
 
+def chooses(asked: Question, inputs: Inputs, verifier: Verifier | None) -> bool:
+    """Whether the StrategyTable decides: where it was asked for, and where nothing was and it was fitted with this
+    verifier. Raises ConfigError where it was asked for and there is none."""
+    optimal = asked.strategy is not None and strategies.parse(asked.strategy).name == strategies.OPTIMAL
+    if "table" not in inputs:
+        if optimal:
+            raise ConfigError(
+                f"--strategy {asked.strategy}: this model has no StrategyTable; run a round with table.enabled = true, "
+                "or name another strategy"
+            )
+        return False
+    fitted_with = load_tables(inputs["table"])["answer"].made_of.get("verifier")
+    return optimal or (asked.strategy is None and fitted_with == (verifier.facts.fingerprint if verifier else None))
+
+
+def _by_table(
+    config: Config, inputs: Inputs, asked: Question, problem: Problem, verifier: Verifier | None, engine: Engine
+) -> tuple[Plan, dict[str, Any]]:
+    """What the table chooses for this question, and why. Raises BudgetError."""
+    table = load_tables(inputs["table"])["answer"]
+    rates, why = predict_rates(config, inputs, [problem], engine)
+    facts = verifier.facts if verifier else None
+    chooser = choose_each(table, rates, asked.budget or config.search.samples, facts)
+    rung = chooser.rung(problem)
+    said = {"rate": rates.get(problem.key), "bin": chooser.bin_of(problem), "bins": table.num_bins, "why": why}
+    return chooser(problem), said | {"strategy": rung.name, "value": rung.value}
+
+
 def make_plan(config: Config, asked: Question, problem: Problem, verifier: Verifier | None) -> Plan:
     """What is run. Raises ConfigError, BudgetError."""
     spec = strategies.parse(asked.strategy or config.search.strategy)
+    if spec.name == strategies.OPTIMAL:  # configured, and there is no table yet
+        spec = strategies.parse("best_of_n_weighted")
     if asked.strategy is None and (verifier is None or spec.name == "pass") and spec.name in WITHOUT_SCORES:
         spec = strategies.Spec(WITHOUT_SCORES[spec.name], spec.options)
     if spec.needs and config.verifier.type == "oracle" and problem.answer is None:

@@ -30,7 +30,9 @@ WHERE = {
     "difficulty": "flows.predicting",
     "verifier": "flows.verifying",
     "reviser": "flows.revising",
+    "table": "flows.tabling",
     "sample": "flows.evaluation",
+    "rate": "flows.rating",
     "solve": "flows.solve",
 }  # the other stages lie in flows.stages
 

@@ -23,6 +23,7 @@ from search.optimal import (
     Curve,
     arm_curve,
     assess,
+    at_mean,
     by_budget,
     by_price,
     equal_accuracy,
@@ -34,8 +35,8 @@ from search.optimal import (
 )
 from search.stats import Floats
 
-PAPER = ("greedy", "majority", "best_of_n", "best_of_n_weighted", "sharpened", "beam", "lookahead")
-BEST_OF_N = ("best_of_n", "best_of_n_weighted", "sharpened")  # baselines that any verifier has
+BEST_OF_N = ("majority", "best_of_n", "best_of_n_weighted")  # whatever their vote: the baselines
+PAPER = ("greedy", *BEST_OF_N, "beam", "lookahead")
 KINDS = ("oracle", "verifier", "question", "random", "none")  # how difficulty is known; none: one bin for all
 SETS = ("all", "paper")
 
@@ -55,6 +56,7 @@ def assessment(
     grid: Grid,
     known: Mapping[str, Difficulty],
     baselines: Sequence[str],
+    choosable: Sequence[str] | None = None,
     *,
     budgets: Sequence[float] = (4, 8, 16),
     bins: int = 5,
@@ -65,13 +67,15 @@ def assessment(
     """The document; see `SCHEMA` in the tests for its fields. `known`: "oracle", "verifier", "question" -> Difficulty.
 
     `baselines`: the arms that spend a budget on independent samples, early-stopped ones included; a ratio needs at
-    least one at each of `budgets`. `actual`: FLOPs as computed instead of ideal. Raises DataError.
+    least one at each of `budgets`. `choosable`: the arms that can be run for real; default: all. `actual`: FLOPs as
+    computed instead of ideal. Raises DataError.
     """
     cells = Cells(grid, actual=actual)
     num = len(grid.keys)
     free = {"random": Difficulty(random_bins(num, bins, seed=seed) / -1.0), "none": Difficulty(np.zeros(num))}
     everyone = {name: d for name, d in {**known, **free}.items() if name in KINDS}
-    arms = _arm_sets(grid)
+    able = grid.only(choosable) if choosable is not None else grid
+    arms = _arm_sets(able)
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     ratios: list[dict[str, Any]] = []
     for arm_set, names in arms.items():
@@ -94,19 +98,19 @@ def assessment(
             )
             ratios += [{"arms": arm_set, "bins": kind, **_finite(ratio.to_json())} for ratio in found]
     question = known.get("question") or known.get("verifier") or known["oracle"]
-    levels = sorted({cell.budget for cell in grid.cells})
+    levels = sorted({cell.budget for cell in able.cells})
     return {
         "n": num,
         "actual": actual,
         "arms": {name: list(names) for name, names in arms.items()},
         "baselines": list(baselines),
         "cells": [_cell_row(grid, i, actual) for i in range(len(grid.cells))],
-        "fixed": {arm: _points(arm_curve(cells, arm)) for arm in arms["all"]},
+        "fixed": {arm: _points(arm_curve(cells, arm)) for arm in dict.fromkeys([*arms["all"], *baselines])},
         "optimal": curves,
         "ratios": ratios,
         "by_bin": _by_bin(grid, known, bins),
-        "choices": _choices(grid, question, bins, levels),
-        "across": _across(cells, quantile_bins(question.rates_P, bins), levels, baselines, seed),
+        "choices": _choices(able.only(arms["all"]), question, bins, levels),
+        "across": _across(Cells(able, actual=actual), quantile_bins(question.rates_P, bins), levels, seed),
     }
 
 
@@ -147,8 +151,7 @@ def _by_bin(grid: Grid, known: Mapping[str, Difficulty], bins: int) -> dict[str,
 
 def _choices(grid: Grid, difficulty: Difficulty, bins: int, levels: Sequence[float]) -> dict[str, Any]:
     """What the table chooses for each bin at each budget: the heat map."""
-    answering = grid.only([arm for arm in _arm_sets(grid)["all"]])
-    table = fit_table(answering, difficulty.rates_P.tolist(), bins=bins)
+    table = fit_table(grid, difficulty.rates_P.tolist(), bins=bins)
     rungs = [[table.choose(b, level) for level in levels] for b in range(1, table.num_bins + 1)]
     return {
         "budgets": list(levels),
@@ -161,17 +164,14 @@ def _choices(grid: Grid, difficulty: Difficulty, bins: int, levels: Sequence[flo
     }
 
 
-def _across(
-    cells: Cells, bins_P: np.ndarray, levels: Sequence[float], baselines: Sequence[str], seed: object
-) -> list[dict[str, Any]]:
+def _across(cells: Cells, bins_P: np.ndarray, levels: Sequence[float], seed: object) -> list[dict[str, Any]]:
     """Budgets across questions against the same mean budget on each: paired by problem, at equal mean FLOPs."""
     rows: list[dict[str, Any]] = []
     prices = prices_of(cells, 200)
     values_L_P, flops_L_P = outcomes(cells, bins_P, by_price(prices), seed=seed)
-    means_L = flops_L_P.mean(axis=1)
     for level in levels:
         uniform_P, spent_P = (a[0] for a in outcomes(cells, bins_P, by_budget(cells.budgets_C, [level]), seed=seed))
-        mixed = _at_mean(values_L_P, means_L, float(spent_P.mean()))
+        mixed = at_mean(values_L_P, flops_L_P, float(spent_P.mean()))
         if mixed is None:
             continue
         difference = stats.paired_difference(uniform_P, mixed)
@@ -180,20 +180,6 @@ def _across(
             | {"across": float(mixed.mean()), "gain": difference.mean, "low": difference.low, "high": difference.high}
         )
     return rows
-
-
-def _at_mean(values_L_P: Floats, means_L: Floats, flops: float) -> Floats | None:
-    """By problem, the mixture of two neighbouring prices that costs `flops` on average; None below the cheapest."""
-    order = np.argsort(means_L, kind="stable")
-    means = means_L[order]
-    after = int(np.searchsorted(means, flops, side="right"))
-    if after == 0:
-        return None
-    if after == len(means):
-        return values_L_P[order[-1]]
-    low, high = means[after - 1], means[after]
-    part = (flops - low) / (high - low) if high > low else 0.0
-    return (1 - part) * values_L_P[order[after - 1]] + part * values_L_P[order[after]]
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

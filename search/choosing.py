@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from search.allocate import Allocation
 from search.errors import DataError
 from search.run import Plan
@@ -78,16 +80,15 @@ def choose_together(
     return Chooser(table, rates, (table.best_within(EVERYWHERE, mean_flops), *rungs), facts, allocation)
 
 
-def mean_flops(table: StrategyTable, budget: float, *, arm: str | None = None) -> float:
-    """What a question costs on average where each is given `budget` samples by the table, or spends them on `arm`.
+def arm_flops(table: StrategyTable, arm: str, samples: float) -> float:
+    """What `samples` of an arm cost a question on average, linear between the budgets that were measured and beyond.
 
-    Raises DataError where the arm was not measured at that budget.
+    Raises DataError where the table does not hold the arm at two budgets.
     """
-    num = sum(table.counts[1:])
-    total = 0.0
-    for b in range(1, table.num_bins + 1):
-        rung = table.choose(b, budget) if arm is None else table.find(b, arm, budget)
-        if rung is None:
-            raise DataError(f"the table has no {arm} at {budget:g} samples: fit it with that budget")
-        total += table.counts[b] * rung.flops
-    return total / max(1, num)
+    rungs = sorted((rung.budget, rung.flops) for rung in table.ladders[EVERYWHERE] if rung.arm == arm)
+    if len(rungs) < 2:
+        raise DataError(f"the StrategyTable has {arm} at {len(rungs)} budgets, two are needed: add to table.budgets")
+    budgets, flops = (np.array(column) for column in zip(*rungs, strict=True))
+    at = int(np.clip(np.searchsorted(budgets, samples), 1, len(budgets) - 1))
+    slope = (flops[at] - flops[at - 1]) / (budgets[at] - budgets[at - 1])
+    return float(flops[at] + slope * (samples - budgets[at]))

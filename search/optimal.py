@@ -196,6 +196,21 @@ def outcomes(
     return np.asarray(values), np.asarray(flops)
 
 
+def at_mean(values_L_P: Floats, flops_L_P: Floats, flops: float) -> Floats | None:
+    """By problem, the value of the mixture of two neighbouring points that costs `flops` on average, [P]; what the
+    dearest point gives where that costs less, None where even the cheapest costs more."""
+    means_L = flops_L_P.mean(axis=1)
+    order = np.argsort(means_L, kind="stable")
+    after = int(np.searchsorted(means_L[order], flops, side="right"))
+    if after == 0:
+        return None
+    if after == len(order):
+        return values_L_P[order[-1]]
+    low, high = order[after - 1], order[after]
+    part = (flops - means_L[low]) / (means_L[high] - means_L[low])
+    return (1 - part) * values_L_P[low] + part * values_L_P[high]
+
+
 def arm_curve(cells: Cells, arm: str, *, weights_P: Floats | None = None) -> Curve:
     """A fixed strategy at all its budgets. Raises DataError where it was not measured."""
     rows = [i for i, cell in enumerate(cells.grid.cells) if cell.arm == arm]

@@ -59,6 +59,23 @@ def _beams(budget: Budget, options: Mapping[str, Any]) -> int:
     return num_beams(budget, options["samples"], options["width"], options.get("steps", 0))
 
 
+async def _optimal(problem: Any, policy: Any, verifier: Any, budget: Budget, *, spread: bool = False) -> Any:
+    """Its options. The coroutine that runs is that of the strategy which the table chooses: `search.choosing`."""
+    raise _no_table()
+
+
+def _no_table() -> ConfigError:
+    return ConfigError(
+        "optimal chooses by the StrategyTable of a champion, and there is none here: run a round with table.enabled = "
+        f"true, or name a strategy: {', '.join(name for name in STRATEGIES if name != OPTIMAL)}"
+    )
+
+
+def _refuse(budget: Budget, options: Mapping[str, Any]) -> None:
+    raise _no_table()
+
+
+OPTIMAL = "optimal"  # the compute-optimal choice, per question
 STRATEGIES: dict[str, Entry] = {
     "greedy": Entry(greedy, answers.first, check=lambda budget, o: num_samples(budget, 1)),
     "pass": Entry(best_of_n, answers.gold, pool="pass"),
@@ -83,6 +100,7 @@ STRATEGIES: dict[str, Entry] = {
         check=lambda budget, o: half_of(budget, o["samples"], o["width"]),
     ),
     "searched_revisions": Entry(searched_revisions, answers.hierarchical, "process", check=_beams),
+    OPTIMAL: Entry(_optimal, answers.weighted, check=_refuse),
 }
 
 FIT = "fit"  # instead of a threshold: step_rejection(threshold=fit), see search.thresholds
