@@ -11,6 +11,7 @@ spending, and any model with random effects.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -188,6 +189,11 @@ def pass_at_k(num: int, num_correct: int, k: int) -> float:
     _check_k(num, k)
     if not 0 <= num_correct <= num:
         raise ValueError(f"{num_correct} correct of {num} samples")
+    return _holds_one(num, num_correct, k)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _holds_one(num: int, num_correct: int, k: int) -> float:
     if num - num_correct < k:
         return 1.0
     return 1.0 - math.prod(1 - k / i for i in range(num - num_correct + 1, num + 1))
@@ -206,13 +212,19 @@ def best_at_k(correct_N: Sequence[float], scores_N: Sequence[float | None], k: i
     for correct, score in zip(correct_N, scores_N, strict=True):
         if score is not None and not math.isnan(score):
             groups.setdefault(score, []).append(correct)
-    subsets, left, chance = math.comb(num, k), num, 0.0
+    subsets, left, chance = _subsets(num, k), num, 0.0
     for score in sorted(groups, reverse=True):
         members = groups[score]
-        highest_here = math.comb(left, k) - math.comb(left - len(members), k)
-        chance += highest_here / subsets * (sum(members) / len(members))
+        highest_here = subsets[left] - subsets[left - len(members)]
+        chance += highest_here / subsets[num] * (sum(members) / len(members))
         left -= len(members)
     return chance
+
+
+@functools.lru_cache(maxsize=256)
+def _subsets(num: int, k: int) -> tuple[int, ...]:
+    """How many subsets of k samples there are of n samples, for n = 0..num."""
+    return tuple(math.comb(n, k) for n in range(num + 1))
 
 
 def majority_at_k(correct_N: Sequence[bool], answers_N: Sequence[str | None], ks: Sequence[int]) -> list[float]:
@@ -249,8 +261,7 @@ def _rest_of_vote(others: Sequence[int], num_silent: int, votes: int, degree: in
     rivals = [size for size in others if size >= votes]
     free = num_silent + sum(size for size in others if size < votes)  # cannot reach `votes`: no restriction
     max_ties = min(len(rivals), degree // votes)
-    nodes, weights = np.polynomial.legendre.leggauss(max_ties // 2 + 1)
-    t, weights = (nodes + 1) / 2, weights / 2
+    t, weights = _quadrature(max_ties // 2 + 1)
     start = np.array([math.comb(free, j) for j in range(degree + 1)], dtype=np.float64)
     ways = np.tile(start, (len(t), 1))
     for size in rivals:
@@ -260,6 +271,13 @@ def _rest_of_vote(others: Sequence[int], num_silent: int, votes: int, degree: in
             product[:, j:] += factor * ways[:, : degree + 1 - j]
         ways = product
     return weights @ ways
+
+
+@functools.cache
+def _quadrature(num: int) -> tuple[Floats, Floats]:
+    """Nodes and weights of Gauss and Legendre on 0..1."""
+    nodes, weights = np.polynomial.legendre.leggauss(num)
+    return (nodes + 1) / 2, weights / 2
 
 
 def weighted_at_k(
