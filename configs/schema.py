@@ -608,13 +608,59 @@ class Revision(Section):
     verifier: ChainVerifier = ChainVerifier()
 
 
+Predictor = Literal["ridge", "mlp", "tokens", "sequence"]
+
+
+class SequencePredictor(Section):
+    """predictors = "sequence": the policy's own weights, tuned to say how often it will be right."""
+
+    method: Literal["full", "lora"] = Field(
+        default="lora", description="full keeps a copy of all weights in the bundle"
+    )
+    lora: Lora = Lora(rank=16, alpha=32)
+    pooling: Literal["last", "tokens"] = Field(
+        default="last",
+        description="last: a head on the last prompt token; tokens: every token of the prompt adds its own difficulty",
+    )
+    epochs: PositiveInt = Field(default=8, description="at most; training stops where the held-out loss rises")
+    patience: PositiveInt = Field(default=2, description="epochs without a better held-out loss before it stops")
+    held_out: Fraction = Field(default=0.2, description="share of the fit problems that decide when to stop")
+    batch_size: PositiveInt = 32
+    micro_batch_size: PositiveInt = Field(default=32, description="prompts computed at once")
+    learning_rate: float = Field(default=2e-3, gt=0, description="2e-4 suits LoRA on large models, 1e-5 full ones")
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: Fraction = 0.1
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
 class Difficulty(Section):
     problems: PositiveInt = Field(
         default=1000, description="fit problems labelled by plain samples, besides the search's own"
     )
     samples: PositiveInt = 16
-    layers: Literal["all", "choose"] = Field(default="choose", description="which hidden layers feed the probe")
+    predictors: tuple[Predictor, ...] = Field(
+        default=("ridge", "mlp", "tokens"),
+        description="kinds that are fitted; the one that predicts held-out fit problems best is kept. ridge: linear in "
+        "the prompt's hidden states; mlp: two layers on them; tokens: every token of the prompt adds its own "
+        "difficulty; sequence: a fine-tuned copy of the policy, whose own forward pass every prediction costs",
+    )
+    sequence: SequencePredictor = SequencePredictor()
+    layers: Literal["all", "choose"] = Field(default="choose", description="which hidden layers feed the ridge")
+    binning: Literal["quantile", "absolute"] = Field(
+        default="quantile", description="quantile: `bins` of equal size; absolute: cut at `edges`, whatever the policy"
+    )
     bins: PositiveInt = Field(default=5, description="quantile bins of predicted difficulty")
+    edges: tuple[Fraction, ...] = Field(
+        default=(0.1, 0.5), description="pass rates at which absolute bins are cut: hard, medium and easy"
+    )
+
+    @model_validator(mode="after")
+    def _sets(self) -> Difficulty:
+        if not self.predictors or len(set(self.predictors)) < len(self.predictors):
+            raise ValueError(f"predictors = {list(self.predictors)}: name at least one kind, and each once")
+        if list(self.edges) != sorted(set(self.edges)) or not self.edges:
+            raise ValueError(f"edges = {list(self.edges)}: give at least one pass rate, ascending")
+        return self
 
 
 class Table(Section):
