@@ -142,6 +142,10 @@ _TAGS = {
     "server",
     "none",
     "oracle",
+    "trained",
+    "pretrained",
+    "judge",
+    "certainty",
 }
 
 
@@ -152,10 +156,16 @@ def _model_at(location: list[str], data: Mapping[str, Any]) -> type[BaseModel] |
         if part in _TAGS:
             model = next((m for m in _union(model) if part in _tag_of(m)), None)
         elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[part].annotation
+            model = _given(model.model_fields[part].annotation)
         else:
             return None
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+def _given(annotation: Any) -> Any:
+    """What an optional section is where it is given."""
+    parts = [part for part in _union(annotation) if part is not type(None)]
+    return parts[0] if len(parts) == 1 and len(_union(annotation)) == 2 else annotation
 
 
 def _union(annotation: Any) -> tuple[Any, ...]:

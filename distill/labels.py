@@ -16,7 +16,8 @@ A last step's label is the outcome, but of siblings.
   nothing beside it is known, a step has no label: both 0 and 1 would be inventions.
 - tree_siblings: the same of the values of `tree`, free.
 - outcomes: no step has a label; the answer has its outcome, for a multiple-instance loss.
-- gold: the task's own step checker.
+- gold: the task's own step checker. The labels of a data set are gold too, and come as examples of their own
+  (distill.step_data).
 An outcome verifier (kind "orm") gets one label, the outcome, at the last step, whatever the sources.
 
 Values of several rounds are averaged though the policies differ: give the rounds that are meant. Left out: dropping
@@ -48,6 +49,7 @@ Read = tuple[Steps, Steps]  # attempts, steps
 
 # Why an answer is no example of its own; each is counted once.
 FILTERS = ("failed", "held_out", "revision", "ungraded", "truncated", "no_answer", "duplicate", "over_cap")
+STEP_DATA = "data"  # the source of examples that come from a data set
 _POOLS = {"pool", *(name for name, entry in STRATEGIES.items() if entry.pool)}
 _PLAIN_FIRST = re.compile(r"plain\((\d+)\) \+ ")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.schema import TrainedVerifier
-from distill.labels import StepExample
+from distill.labels import STEP_DATA, StepExample
 from search.errors import DataError, TrainingError
 from search.randomness import key64
 from search.types import ScoreRequest, Task
@@ -66,12 +66,12 @@ def encode(
 ) -> Rows:
     """Encode, turn labels round where `flip_labels` says so, and split by question.
 
-    Of more than `max_examples` the newest rounds are kept. The split depends on the question alone, so that a
+    Of more than `max_examples` answers the newest rounds are kept. The split depends on the question alone, so that a
     verifier that is trained on goes on with the same held-out questions.
     Raises DataError (labels that cannot be used, steps that do not end with the delimiter, too few questions to
     split), TrainingError (nothing to train on).
     """
-    kept = sorted(examples, key=lambda example: -example.round)[: settings.max_examples]
+    kept = _newest(examples, settings.max_examples)
     digest = hashlib.sha256()
     for example in kept:
         _check(example)
@@ -100,6 +100,14 @@ def encode(
     chosen, surplus = balance(train, settings.wrong_per_right)
     validation, spare = balance(held_out, settings.wrong_per_right)
     return Rows(chosen, validation, spare, too_long, unlabelled, len(surplus), flipped, digest.hexdigest())
+
+
+def _newest(examples: Iterable[StepExample], most: int) -> list[StepExample]:
+    """Answers by their rounds, and then what a data set brings, which was capped where it was read."""
+    parts: dict[bool, list[StepExample]] = {False: [], True: []}
+    for example in examples:
+        parts[example.source == STEP_DATA].append(example)
+    return [*sorted(parts[False], key=lambda example: -example.round)[:most], *parts[True]]
 
 
 def balance(rows: Sequence[Row], wrong_per_right: float | None) -> tuple[list[Row], list[Row]]:
@@ -201,12 +209,21 @@ def _with(example: StepExample, labels: tuple[float | None, ...], outcome: bool 
     return StepExample.from_json(row)
 
 
+def _right(example: StepExample, labels: Sequence[float | None]) -> float | None:
+    """Whether the finished answer is right, where it is known. A data set may label no step after the first wrong one,
+    which makes the whole wrong."""
+    last = example.outcome if example.outcome is not None else labels[-1]
+    worst = min((label for label in labels if label is not None), default=None)
+    if example.source == STEP_DATA and worst is not None and worst <= 0.5:
+        return float(worst)
+    return None if last is None else float(last)
+
+
 def _row(example: StepExample, layout: OwnLayout, delimiter: str, settings: TrainedVerifier) -> Row:
     request = ScoreRequest(example.problem, example.steps, example.attempts)
     encoded, finished = layout.encode(request), request.finished(delimiter)
     labels = example.labels or (None,) * len(example.steps)
-    last = example.outcome if example.outcome is not None else labels[-1]
-    right = float(last) if finished and last is not None else None
+    right = _right(example, labels) if finished else None
     if settings.kind == "prm":
         steps = [IGNORED if label is None else float(label) for label in labels]
         outcome = IGNORED if example.outcome is None else float(example.outcome)

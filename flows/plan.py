@@ -80,7 +80,7 @@ def _samples(config: Config, sizes: Mapping[str, int]) -> dict[str, int]:
     difficulty = (sizes["fit"] + sizes["validation"]) * config.difficulty.samples
     search = sizes["search"] * config.search.samples
     samples = {"baseline": gate, "search": search, "evaluate": gate + test, "difficulty": difficulty}
-    if config.verifier.type == "trained":
+    if config.verifier.type == "trained" and config.answer_labels:
         samples["verifier"] = min(config.verifier.problems, sizes["labels"]) * config.verifier.samples
     if config.revision.enabled:
         samples["reviser"] = min(config.revision.problems, sizes["labels"]) * config.revision.samples

@@ -60,7 +60,7 @@ def earlier(inputs: Inputs, stage: str) -> list[Path]:
 
 
 def problems(context: Context, inputs: Inputs, out: Path) -> None:
-    """Draw and freeze the round's problems."""
+    """Draw and freeze the round's problems, and the step labels that come from a data set."""
     task = load_task(context.config)
     outcomes = read_outcomes(path / "outcomes.json" for path in earlier(inputs, "search"))
     frozen = inputs.get("problems@000")
@@ -70,13 +70,20 @@ def problems(context: Context, inputs: Inputs, out: Path) -> None:
     counts = write_sets(task, sets, frozen, out)
     for name, guard in guards.items():
         write_problems(guard, out / f"guard-{name}.jsonl")
-    rejected = getattr(task, "rejected", ())
-    with (out / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        for row in rejected:
-            file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+    rejected = [*getattr(task, "rejected", ())]
     metrics = {f"data/{name}_problems": float(count) for name, count in counts.items()}
     metrics["data/recycled_problems"] = float(sum(p.key in outcomes for p in sets["search"]))
     metrics["data/rejected_problems"] = float(len(rejected))
+    verifier = context.config.verifier
+    if verifier.type == "trained" and verifier.steps is not None:
+        from flows.gold_steps import freeze
+
+        unusable, figures = freeze(context, verifier.steps, task, out)
+        rejected += unusable
+        metrics |= figures
+    with (out / "rejected.jsonl").open("w", encoding="utf-8") as file:
+        for row in rejected:
+            file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
     write_metrics(out, metrics)
 
 

@@ -6,6 +6,8 @@ fresh answers of the winner to validation problems; what did not come out usable
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 
 from configs.schema import TrainedVerifier
 from distill import select as selection
-from distill.labels import label, write_examples
+from distill.labels import STEP_DATA, Labelled, label, read_examples, write_examples
+from flows import gold_steps
 from flows.chosen import load_chosen_verifier
 from flows.learning import searched
 from flows.stages import Context, Inputs, pool_job, run_jobs, write_json, write_metrics
@@ -46,7 +49,7 @@ def verifier(context: Context, inputs: Inputs, out: Path) -> None:
     report: dict[str, Any] = {}
     metrics: dict[str, float | tuple[float, float]] = {}
     try:
-        report["training"] = _train(context, inputs, out, settings)
+        report |= _train(context, inputs, out, settings)
         spend += training_spend(report["training"])
         found, rows, cost = _measure(context, inputs, out)
         spend += cost
@@ -92,11 +95,14 @@ def _judged(health: Health) -> dict[str, Any]:
 
 
 def _draw(context: Context, inputs: Inputs, out: Path, settings: TrainedVerifier) -> Spend:
-    """Fresh answers to training problems, and rollouts: for labels where they are asked for, and for the health."""
-    problems = read_problems(inputs["problems"] / "labels.jsonl")[: settings.problems]
-    job = pool_job("labels", problems, settings.samples, f"verifier/{context.round}")
-    spend = run_jobs(context, inputs, out, [job])
-    merge_shards(out / job.folder, out / "pool-labels.jsonl")
+    """Fresh answers to training problems, where they are labelled, and rollouts: for labels where they are asked for,
+    and for the health."""
+    spend = Spend()
+    if context.config.answer_labels:
+        problems = read_problems(inputs["problems"] / "labels.jsonl")[: settings.problems]
+        job = pool_job("labels", problems, settings.samples, f"verifier/{context.round}")
+        spend += run_jobs(context, inputs, out, [job])
+        merge_shards(out / job.folder, out / "pool-labels.jsonl")
     if {"rollouts", "siblings"} & set(settings.labels):
         wanted = Rollouts(settings.rollouts, settings.first_error)
         spend += _roll_out(context, inputs, out / "rollouts", [out / "pool-labels.jsonl"], wanted)
@@ -149,29 +155,17 @@ def _roll_out(
 
 
 def _train(context: Context, inputs: Inputs, out: Path, settings: TrainedVerifier) -> dict[str, Any]:
-    """Label and train; the report. Raises DataError, TrainingError."""
+    """Label and train; what the report says of it. Raises DataError, TrainingError."""
     from distill.verifier import train
 
     config = context.config
     task = load_task(config)
-    forbidden = {p.key for path in _forbidden(inputs["problems"]) for p in read_problems(path)}
-    labelled = label(
-        _answers(context, inputs, out),
-        settings.labels,
-        task,
-        held_out=forbidden.__contains__,
-        max_examples=settings.max_examples,
-        kind=settings.kind,
-        keep_unparsable=settings.keep_unparsable,
-        seed=config.loop.seed,
-    )
-    write_json(out / "labels.json", dict(labelled.counts))
-    write_examples(labelled.examples, out / "examples.jsonl")
+    report = _write_examples(context, inputs, out, settings, task)
     policy, base = Path(policy_path(inputs["policy"])), Path(policy_path(inputs["base"]))
     init = base if settings.init == "base" else policy
     if settings.warm_start and "previous" in inputs:
         init = inputs["previous"]
-    report = train(
+    trained = train(
         out / "examples.jsonl",
         init,
         base,
@@ -185,7 +179,41 @@ def _train(context: Context, inputs: Inputs, out: Path, settings: TrainedVerifie
         progress=context.progress,
         device=settings.device,
     )
-    return asdict(report)
+    return report | {"training": asdict(trained)}
+
+
+def _write_examples(
+    context: Context, inputs: Inputs, out: Path, settings: TrainedVerifier, task: Task
+) -> dict[str, Any]:
+    """Labelled answers, and those of a data set; what the report says of the latter. Raises DataError."""
+    labelled = _label(context, inputs, out, settings, task)
+    counts = dict(labelled.counts)
+    if settings.steps is None:
+        write_json(out / "labels.json", counts)
+        write_examples(labelled.examples, out / "examples.jsonl")
+        return {}
+    found = json.loads((inputs["problems"] / gold_steps.COUNTS).read_text(encoding="utf-8"))
+    write_json(out / "labels.json", counts | {f"examples/{STEP_DATA}": found["kept"]})
+    steps = read_examples(inputs["problems"] / gold_steps.EXAMPLES)
+    write_examples(itertools.chain(labelled.examples, steps), out / "examples.jsonl")
+    return {"steps": found | {"path": settings.steps.path}}
+
+
+def _label(context: Context, inputs: Inputs, out: Path, settings: TrainedVerifier, task: Task) -> Labelled:
+    """The policy's own answers with labels; none where no source labels them. Raises DataError."""
+    if not context.config.answer_labels:
+        return Labelled((), {})
+    forbidden = {p.key for path in _forbidden(inputs["problems"]) for p in read_problems(path)}
+    return label(
+        _answers(context, inputs, out),
+        context.config.answer_labels,
+        task,
+        held_out=forbidden.__contains__,
+        max_examples=settings.max_examples,
+        kind=settings.kind,
+        keep_unparsable=settings.keep_unparsable,
+        seed=context.config.loop.seed,
+    )
 
 
 def _forbidden(problems: Path) -> Iterator[Path]:

@@ -110,7 +110,7 @@ def _draw_generated(
 
 def num_labelled(config: Config) -> int:
     """Training problems on which a round draws fresh answers of its winner, for verifier and reviser."""
-    verifier = config.verifier.problems if config.verifier.type == "trained" else 0
+    verifier = config.verifier.problems if config.verifier.type == "trained" and config.answer_labels else 0
     return max(verifier, config.revision.problems if config.revision.enabled else 0)
 
 

@@ -109,6 +109,35 @@ def test_an_unknown_key_of_a_verifier_is_named_as_the_user_wrote_it():
         load("countdown", ["verifier.type=oracle", "verifier.nois=0.1"])
 
 
+@pytest.mark.parametrize("base", ["arithmetic", "countdown", "gsm8k_qwen2.5_0.5b"])
+@pytest.mark.parametrize("kind", ["prm", "orm"])
+def test_gold_labels_need_a_task_that_checks_steps_or_a_data_set(base, kind):
+    checks = base in ("arithmetic", "countdown")
+    given = ["verifier.type=trained", f"verifier.kind={kind}", 'verifier.labels=["tree", "gold"]']
+    if checks or kind == "orm":  # which is asked for outcomes alone
+        assert load(base, given).answer_labels == ("tree", "gold")
+        return
+    with pytest.raises(InvalidConfig, match=r"task\.type = 'gsm8k' cannot check a step: set verifier\.steps\.path to"):
+        load(base, given)
+    config = load(base, [*given, "verifier.steps.path=steps.jsonl"])
+    assert config.answer_labels == ("tree",)
+    assert parse(json.loads(dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (['verifier.labels=["tree"]'], r"\[verifier\] steps\.path = 's\.jsonl' is read where labels has 'gold'"),
+        (['verifier.labels=["gold"]', "verifier.kind=orm"], r"kind = 'orm' learns from none"),
+        (['verifier.labels=["gold"]', "verifier.steps.pth=x"], r"'verifier\.steps\.pth' \(did you mean 'path'\?\)"),
+        (["revision.verifier.steps.path=x"], "chains are labelled by their outcomes"),
+    ],
+)
+def test_a_data_set_of_step_labels_that_nothing_reads_is_refused(overrides, said):
+    with pytest.raises(InvalidConfig, match=said):
+        load("arithmetic", ["verifier.steps.path=s.jsonl", *overrides])
+
+
 @pytest.mark.parametrize("override", ["samples", "=3", "a..b=1", "loop.name.x=1"])
 def test_bad_overrides_are_refused(config_file, override):
     with pytest.raises(InvalidConfig, match="--set"):

@@ -8,10 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from configs.load import load
+from configs.schema import CHECKS_STEPS
 from distill.labels import FILTERS, StepExample, label, num_plain, read_examples, write_examples
 from search.errors import CorruptArtefact, DataError
 from search.rollouts import Rollouts, prepare, split
 from search.run import search
+from search.tasks import load_task
+from search.tasks.file_task import FileTask
 from search.types import Candidate, Finish, Grade, Problem, SearchResult, Spend
 from tests.scripted_search import ChainTask, LineTask, StepEngine, by_table, chain_engine, run_all, sampler_of
 
@@ -226,6 +230,12 @@ def test_gold_labels_are_the_tasks_own():
 def test_gold_where_the_task_has_none_is_refused():
     with pytest.raises(DataError, match="'lines' cannot check a step"):
         labelled([result("a\nR")], "gold")
+
+
+def test_the_tasks_that_the_configuration_takes_for_step_checkers_are():
+    for name in CHECKS_STEPS:
+        assert hasattr(load_task(load(name)), "step_labels")
+    assert not hasattr(FileTask, "step_labels")
 
 
 def test_an_outcome_verifier_gets_the_outcome_at_the_last_step_alone():

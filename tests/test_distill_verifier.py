@@ -18,12 +18,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from configs.schema import ArithmeticTask, Lora, Model, Splits, TrainedVerifier
+from configs.schema import ArithmeticTask, Lora, Model, Splits, StepLabels, TrainedVerifier
 from distill import checkpoints, lora
-from distill.labels import StepExample, write_examples
+from distill.labels import STEP_DATA, StepExample, write_examples
 from distill.prm_data import IGNORED, Row, collate, encode, split
 from distill.prm_fit import Fitted, auc, auc_within, fit
 from distill.prm_model import LUCK, StepScorer, instance_loss, loss_sum, num_terms, step_logits
+from distill.step_data import read_step_data
 from distill.verifier import Report, train
 from search.errors import ConfigError, DataError, ModelError, TrainingError
 from search.tasks.arithmetic import Arithmetic
@@ -327,6 +328,25 @@ def test_the_newest_rounds_are_kept() -> None:
     assert rows.train[: len(newest.train)] == newest.train
 
 
+@pytest.mark.parametrize(
+    ("labels", "source", "right"),
+    [
+        ((1.0, 0.0, None), STEP_DATA, 0.0),  # labelled up to the first wrong step: the whole is wrong
+        ((0.0, 1.0, 1.0), STEP_DATA, 0.0),
+        ((1.0, None, 1.0), STEP_DATA, 1.0),
+        ((1.0, 1.0, None), STEP_DATA, None),
+        ((0.0, None, 1.0), "tree", 1.0),  # nothing succeeded from there, but this did
+        ((0.0, 0.0, None), "siblings", None),
+    ],
+)
+def test_a_solution_with_a_wrong_step_is_a_wrong_answer(labels: Any, source: str, right: float | None) -> None:
+    example = replace(EXAMPLES[0], steps=("1+2=3\n", "3+4=7\n", "7+5=12"), labels=labels, source=source)
+    going_on = replace(example, steps=(*example.steps[:2], "7+5=12\n"))
+    finished, open_ended = encode([example, going_on], all_of(SETTINGS), TASK, build_tokenizer(), history=False).train
+    assert (finished.right, open_ended.right) == (right, None)
+    assert finished.targets == tuple(IGNORED if label is None else label for label in (*labels, None))
+
+
 def test_labels_are_turned_round_alike_wherever_their_text_is() -> None:
     flipping = all_of(SETTINGS).model_copy(update={"flip_labels": 0.2})
     examples = answers(200)
@@ -460,6 +480,35 @@ def test_outcomes_alone_teach_the_steps(base: Path, tmp_path: Path) -> None:
     assert found.step_auc is not None
     assert found.step_auc > 0.9
     assert found.answer_auc_within["prod"] > 0.9
+
+
+@pytest.mark.parametrize("rated", [False, True])
+def test_a_data_set_of_labelled_steps_teaches_a_verifier(base: Path, tmp_path: Path, rated: bool) -> None:
+    """No policy answered anything. Of ratings a 0 is as good as a 1; after the first wrong step there is no label."""
+    file = tmp_path / "steps.jsonl"
+    with file.open("w") as lines:
+        for n, example in enumerate(answers(90)):
+            right = [label == 1.0 for label in example.labels]
+            labels: list[Any] = [*right] if right[0] else [False, None]
+            if rated:
+                labels = [None if label is None else (n % 2 if label else -1) for label in labels]
+            steps = [step.strip() for step in example.steps]
+            lines.write(json.dumps({"question": example.problem.question, "steps": steps, "labels": labels}) + "\n")
+    data_set = StepLabels(path=str(file))
+    data = read_step_data(data_set, TASK, held_out=lambda key: False, overlapping=lambda problems: set())
+    assert data.counts["ratings"] == (data.counts["kept"] + data.counts["duplicate"]) * rated
+    changes = {"labels": ("gold",), "steps": data_set, "epochs": 6, "checks": 2, "max_examples": 1}
+    settings = MUON.model_copy(update=changes)
+    report = run(tmp_path / "out", base, settings, data.examples)
+    assert report.examples + report.validation_examples == len(data.examples), "max_examples counts answers alone"
+    language = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    scorer = StepScorer(language, GenerativeReadout.load(tmp_path / "out", 32))
+    rows = encode(data.examples, settings, TASK, build_tokenizer(), history=False)
+    logits, _ = step_logits(scorer, rows.validation, 64, "cpu")
+    found = fit(rows.validation, logits, "choose", process=True)
+    assert not {r.key for r in rows.train} & {r.key for r in rows.validation}
+    assert found.step_auc is not None
+    assert found.step_auc > 0.9, "on questions that it was not trained on"
 
 
 def test_the_best_weights_are_kept(base: Path, tmp_path: Path) -> None:

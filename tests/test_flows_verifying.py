@@ -2,18 +2,21 @@
 
 import json
 import math
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from configs import load
-from configs.schema import Config
+from configs.schema import Config, TrainedVerifier
 from distill.bootstrap import build_model
 from distill.labels import read_examples
-from flows import verifying
-from flows.stages import Context
+from flows import gold_steps, verifying
+from flows.stages import Context, problems
 from flows.verifying import score_answers, verifier
+from search.errors import DataError
 from search.results import read_results, write_results
 from search.sets import read_problems, write_problems
 from search.tasks import load_task
@@ -52,11 +55,16 @@ def quiet(*args: object, **kwargs: object) -> None:
     """No progress."""
 
 
-def answered(task, tokenizer, problem: Problem) -> SearchResult:
+def spoilt(right: str) -> str:
+    """The answer with a wrong first step."""
+    first, newline, rest = right.partition("\n")
+    return first.rpartition("=")[0] + "=0" + newline + rest
+
+
+def answered(task, tokenizer, problem: Problem, right: str | None = None) -> SearchResult:
     """The right answer twice, and one whose first step is wrong."""
-    right = task.solve(problem)
-    first, _, rest = right.partition("\n")
-    wrong = first.rpartition("=")[0] + "=0" + ("\n" + rest if rest else "")
+    right = right or task.solve(problem)
+    wrong = spoilt(right)
     texts = [(right, True), (right, True), (wrong, wrong == right)]
 
     def sample(text: str, correct: bool) -> Candidate:
@@ -83,8 +91,8 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     sizes = {"fit": 12, "validation": 12, "gate": 4, "test": 4}
     drawn = {name: task.draw(name, num, stream=name) for name, num in sizes.items()}
     drawn |= {name: task.draw("train", 30, stream=name) for name in ("labels", "search")}
-    for name, problems in drawn.items():
-        write_problems(problems, places["problems"] / f"{name}.jsonl")
+    for name, some in drawn.items():
+        write_problems(some, places["problems"] / f"{name}.jsonl")
 
     def answers(name: str) -> list[SearchResult]:
         return [answered(task, tokenizer, problem) for problem in drawn[name]]
@@ -178,6 +186,106 @@ def test_rollouts_make_labels_and_values(inputs, tmp_path):
     assert counts["examples/rollouts"] > 0
     assert counts["examples/gold"] > 0
     assert any(read_results(out / "values")), "steps of held-out answers are valued for the health"
+
+
+# ---------------------------------------------------------------- step labels from a data set
+
+
+def labelled_rows(task, problems) -> list[dict]:
+    """A right and a wrong solution of each, as a data set holds them: without delimiters, or labels after an error."""
+    rows = []
+    for problem in problems:
+        right = task.solve(problem)
+        for text in (right, spoilt(right)):
+            steps = text.split("\n")
+            labels = [True] * len(steps) if text == right else [False, *[None] * (len(steps) - 1)]
+            rows.append({"question": problem.question, "steps": steps, "labels": labels})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_step_labels_of_a_data_set_join_those_of_answers(inputs, tmp_path):
+    """Arithmetic checks its steps itself, too; and what solves a held-out problem is learnt from nowhere."""
+    task = load_task(settings())
+    others = task.draw("train", 40, stream="elsewhere")
+    held_out = [*read_problems(inputs["problems"] / "validation.jsonl")[:3], task.draw("gate", 1, stream="new")[0]]
+    rows = [*labelled_rows(task, [*others, *held_out]), {"question": "five", "steps": ["5"], "labels": [1]}]
+    more = ['verifier.labels=["tree", "gold"]', "verifier.epochs=4"]
+    more.append(f"verifier.steps.path={write_rows(tmp_path / 'labelled.jsonl', rows)}")
+    sets = Path(shutil.copytree(inputs["problems"], tmp_path / "problems"))
+    config = settings(*more)
+    assert isinstance(config.verifier, TrainedVerifier)
+    assert config.verifier.steps is not None
+    rejected, figures = gold_steps.freeze(Context(config, 1, quiet), config.verifier.steps, task, sets)
+    assert [(row.line, "no chain of operations" in row.reason) for row in rejected] == [(len(rows), True)]
+    assert (figures["data/steps_held_out"], figures["data/steps_rejected"]) == (8, 1)
+    report = run(inputs | {"problems": sets}, tmp_path / "out", *more)
+    examples = list(read_examples(tmp_path / "out" / "examples.jsonl"))
+    found = Counter(example.source for example in examples)
+    assert found["data"] == figures["data/steps_kept"] == report["steps"]["kept"] > 60
+    assert found["tree"] == found["gold"] > 0
+    counts = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert {name: counts[f"examples/{name}"] for name in found} == dict(found)
+    assert not {e.problem.key for e in examples} & {p.key for p in held_out}
+    assert report["usable"]
+
+
+def test_a_task_that_checks_no_step_learns_from_a_data_set_alone(tmp_path):
+    """A whole stage: the policy's answers are measured, and none is drawn to be labelled."""
+    chains = load_task(settings("task.max_operations=3"))
+    drawn = {p.question: p for p in chains.draw("train", 70, stream="mine")}
+    file = write_rows(tmp_path / "mine.jsonl", [{"question": q, "answer": p.answer} for q, p in drawn.items()])
+    elsewhere = [*chains.draw("train", 80, stream="elsewhere"), *drawn.values()]
+    data = write_rows(tmp_path / "labelled.jsonl", labelled_rows(chains, elsewhere))
+    tokenizer, config = build_tokenizer(), settings()
+    build_model(config.bootstrap, tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task = {"type": "jsonl", "path": str(file), "answer_type": "number", "prompt": "plain", "step_delimiter": "\n"}
+    verifier_settings = config.verifier.model_dump() | {"labels": ["gold"], "steps": {"path": str(data)}, "epochs": 8}
+    config = load.parse(
+        {
+            "loop": {"name": "mine"},
+            "task": task,
+            "model": {"base": str(tmp_path / "model")},
+            "engine": config.engine.model_dump(),
+            "stages": {"threads": 1},
+            "sampling": {"max_new_tokens": 8},
+            "splits": {"train": 0.4, "fit": 0.1, "validation": 0.3, "gate": 0.1, "test": 0.1},
+            "verifier": verifier_settings,
+        }
+    )
+    context = Context(config, 0, quiet)
+    places = {name: tmp_path / name for name in ("problems", "pools", "out")}
+    for place in places.values():
+        place.mkdir()
+    problems(context, {}, places["problems"])
+    assert not (places["problems"] / "labels.jsonl").exists()
+    own = load_task(config)
+    for name in ("fit", "validation"):
+        sets = read_problems(places["problems"] / f"{name}.jsonl")
+        found = [answered(own, tokenizer, p, chains.solve(drawn[p.question])) for p in sets]
+        write_results(found, places["pools"] / f"pool-{name}.jsonl")
+    verifier(context, {**places, "policy": tmp_path, "base": tmp_path}, places["out"])
+    report = json.loads((places["out"] / "report.json").read_text())
+    assert report["usable"], report
+    assert metrics(places["out"])["verifier/auc_within"] > 0.9
+    assert not (places["out"] / "pool-labels.jsonl").exists()
+    steps = report["steps"]
+    assert json.loads((places["out"] / "labels.json").read_text()) == {"examples/data": steps["kept"]}
+    assert steps["held_out"] > 0
+    held_out = json.loads((places["problems"] / "held_out.json").read_text())
+    assert not {e.problem.key for e in read_examples(places["out"] / "examples.jsonl")} & set(held_out)
+    assert metrics(places["problems"])["data/steps_held_out"] == steps["held_out"]
+
+
+def test_a_data_set_that_cannot_be_used_ends_the_round_at_its_start(tmp_path):
+    config = settings("verifier.steps.path=nowhere.jsonl", "difficulty.problems=20", "evaluate.test_problems=500")
+    with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read"):
+        problems(Context(config, 0, quiet), {}, tmp_path)
 
 
 def test_nothing_to_learn_from_keeps_the_old_one(inputs, tmp_path):

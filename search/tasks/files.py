@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,20 @@ def load(
     Raises DataError where the source cannot be read, nothing usable is left, or more than `max_bad_rows` are unusable.
     """
     rejected: list[Rejected] = []
-    rows = read_jsonl(Path(path), rejected) if is_local(path) else read_hub(path, config, hub_split)
+    rows = read_jsonl(Path(path), rejected) if is_local(path) else _read_hub_problems(path, config, hub_split)
     builder = _Builder(path, config, gold, bad_gold, same, rejected)
     for row in rows:
         builder.add(row)
     loaded = builder.finish()
-    _check_share(path, loaded, config.max_bad_rows)
+    check_share(
+        path,
+        len(loaded.problems) + loaded.num_duplicates,
+        loaded.rejected,
+        config.max_bad_rows,
+        what="problem",
+        section="task",
+        columns="task.question_column and task.answer_column",
+    )
     return loaded
 
 
@@ -107,7 +115,7 @@ def read_jsonl(path: Path, rejected: list[Rejected]) -> Iterator[Row]:
                 else:
                     yield Row(line, parsed)
     except OSError as error:
-        raise DataError(f"the problem file {path} cannot be read: {error.strerror}; check the path") from error
+        raise DataError(f"the file {path} cannot be read: {error.strerror}; check the path") from error
 
 
 def _lines(file: Any) -> Iterator[bytes]:
@@ -149,19 +157,24 @@ def _excerpt(data: bytes | str) -> str:
     return ascii(text.strip()[:120])[1:-1]
 
 
-def read_hub(name: str, config: FileConfig, hub_split: str) -> Iterator[Row]:
-    """The rows of a hub data set, from the cache where the machine is offline. Raises DataError."""
+def _read_hub_problems(name: str, config: FileConfig, hub_split: str) -> Iterator[Row]:
+    columns = f"'{config.question_column}' and '{config.answer_column}'"
+    way_out = f"set task.path to a local .jsonl file with the columns {columns}"
+    return read_hub(name, config.hub_config, hub_split, config.revision, way_out=way_out)
+
+
+def read_hub(name: str, hub_config: str | None, hub_split: str, revision: str | None, *, way_out: str) -> Iterator[Row]:
+    """The rows of a hub data set, from the cache where the machine is offline. Raises DataError; `way_out` ends it."""
     import datasets
 
     try:
-        data = datasets.load_dataset(name, config.hub_config, split=hub_split, revision=config.revision)
+        data = datasets.load_dataset(name, hub_config, split=hub_split, revision=revision)
     except Exception as error:  # the hub client raises a dozen kinds
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("HF_DATASETS_OFFLINE") == "1"
         state = " (offline mode is on)" if offline else ""
         raise DataError(
-            f"the data set '{name}' ({config.hub_config or 'default'}, split '{hub_split}') could not be loaded{state}:"
-            f" {type(error).__name__}: {str(error)[:200]}; set task.path to a local .jsonl file with the columns "
-            f"'{config.question_column}' and '{config.answer_column}', or run once with a connection to fill the cache"
+            f"the data set '{name}' ({hub_config or 'default'}, split '{hub_split}') could not be loaded{state}:"
+            f" {type(error).__name__}: {str(error)[:200]}; {way_out}, or run once with a connection to fill the cache"
         ) from error
     for index, row in enumerate(data, start=1):
         yield Row(index, dict(row))
@@ -189,7 +202,7 @@ class _Builder:
     def add(self, row: Row) -> None:
         made = self._problem(row)
         if isinstance(made, str):
-            self.rejected.append(Rejected(self.source, row.line, made, _excerpt(_shown(row.data))))
+            self.rejected.append(set_aside(self.source, row, made))
             return
         known = self.problems.setdefault(made.key, made)
         self.lines.setdefault(made.key, []).append(row.line)
@@ -202,12 +215,12 @@ class _Builder:
 
     def _problem(self, row: Row) -> Problem | str:
         """The problem of a row, or why there is none."""
-        question = _text(row.data, self.config.question_column)
-        answer = _text(row.data, self.config.answer_column)
+        question = text_cell(row.data, self.config.question_column)
+        answer = text_cell(row.data, self.config.answer_column)
         for name, value in ((self.config.question_column, question), (self.config.answer_column, answer)):
             if value is None:
                 return f"no '{name}' (text or a number); the row has: {', '.join(map(str, row.data))[:100]}"
-            if any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+            if not is_text(value):
                 return f"'{name}' holds characters that are no text (NUL or half a surrogate pair)"
         assert question is not None
         assert answer is not None
@@ -219,7 +232,7 @@ class _Builder:
         meta: dict[str, Any] = {"line": row.line}
         key = question_key(question)
         if self.config.id_column is not None:
-            name = _text(row.data, self.config.id_column)
+            name = text_cell(row.data, self.config.id_column)
             if name is None:
                 return f"no '{self.config.id_column}'"
             if self.ids.setdefault(name, key) != key:
@@ -237,7 +250,7 @@ class _Builder:
         return Loaded(tuple(self.problems.values()), tuple(rejected), self.num_duplicates)
 
 
-def _text(data: Mapping[str, Any], column: str) -> str | None:
+def text_cell(data: Mapping[str, Any], column: str) -> str | None:
     """A cell as text. Numbers are taken as written; anything else but text is missing."""
     value = data.get(column)
     if isinstance(value, bool):
@@ -247,20 +260,38 @@ def _text(data: Mapping[str, Any], column: str) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def is_text(value: str) -> bool:
+    """Whether it holds no character that is none: NUL, or half a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" or c == "\0" for c in value)
+
+
+def set_aside(source: str, row: Row, reason: str) -> Rejected:
+    return Rejected(source, row.line, reason, _excerpt(_shown(row.data)))
+
+
 def _shown(data: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {str(value)[:40]}" for name, value in list(data.items())[:4])
 
 
-def _check_share(path: str, loaded: Loaded, max_bad_rows: float) -> None:
-    bad = len(loaded.rejected)
-    total = bad + len(loaded.problems) + loaded.num_duplicates
-    reasons = "; ".join(f"line {r.line}: {r.reason}" for r in loaded.rejected[:3])
-    if not loaded.problems:
-        raise DataError(f"no usable problem in {path}: {bad} of {total} rows set aside ({reasons or 'it is empty'})")
+def check_share(
+    path: str,
+    num_usable: int,
+    rejected: Sequence[Rejected],
+    max_bad_rows: float,
+    *,
+    what: str,
+    section: str,
+    columns: str,
+) -> None:
+    """Raises DataError where no row is usable, or more are not than `section` allows."""
+    bad, total = len(rejected), len(rejected) + num_usable
+    reasons = "; ".join(f"line {r.line}: {r.reason}" for r in rejected[:3])
+    if not num_usable:
+        raise DataError(f"no usable {what} in {path}: {bad} of {total} rows set aside ({reasons or 'it is empty'})")
     if bad > max_bad_rows * total:
         raise DataError(
-            f"{bad} of {total} rows of {path} cannot be used, more than task.max_bad_rows = {max_bad_rows:g} allows "
-            f"({reasons}); mend them, check task.question_column and task.answer_column, or raise the limit"
+            f"{bad} of {total} rows of {path} cannot be used, more than {section}.max_bad_rows = {max_bad_rows:g} "
+            f"allows ({reasons}); mend them, check {columns}, or raise the limit"
         )
 
 
