@@ -18,7 +18,7 @@ from search.answers import Rule
 from search.errors import DataError
 from search.evaluate import SCORED_RULES, Pool, chances, expected_spend, reduce_pool, solved
 from search.results import Paths, read_results
-from search.stats import Floats, pass_at_k
+from search.stats import Floats, distinct_at_k
 from search.types import SearchResult, Spend
 
 _SPENT = tuple(Spend().to_json())
@@ -35,7 +35,7 @@ class Cell:
     arm: str
     budget: float  # samples it was given
     solved_P: Floats  # the chance that the answer it gives is right
-    flops_P: Floats  # ideal FLOPs of policy and verifier (samples where the engine knows no FLOPs)
+    flops_P: Floats  # ideal FLOPs of policy and verifier; samples where the engine does not know the policy's
     actual_P: Floats  # FLOPs as computed
     found_P: Floats  # the chance that any of its answers is right
     rows_P: Floats  # distinct right answers among them, at most ROWS_KEPT
@@ -44,11 +44,6 @@ class Cell:
     def name(self) -> str:
         """As tables call it: `beam @ 16`."""
         return f"{self.arm} @ {self.budget:g}"
-
-    def take(self, problems: np.ndarray) -> Cell:
-        """The cell on some problems, by index or mask."""
-        names = ("solved_P", "flops_P", "actual_P", "found_P", "rows_P")
-        return replace(self, **{name: getattr(self, name)[problems] for name in names})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,16 +96,16 @@ def pool_cells(
     for pool in pools:
         if len(pool.correct_N) < ks[-1] and not pool.failed:
             raise DataError(f"a budget of {ks[-1]} needs {ks[-1]} samples, '{pool.key}' has {len(pool.correct_N)}")
-    flops: dict[bool, list[Floats]] = {}
+    flops_P_K: dict[bool, list[Floats]] = {}
     for scored in {rule in SCORED_RULES for rule in arms.values()}:
         spent_P_K = [[_spend(pool, k, scored=scored) for k in ks] for pool in pools]
-        flops[scored] = [np.array(spent_P_K)[:, :, i] for i in range(2)]
+        flops_P_K[scored] = [np.array(spent_P_K)[:, :, i] for i in range(2)]
     found_P_K = np.array([chances(pool, "pass", ks) for pool in pools])
-    rows_P_K = np.array([[_expected_rows(pool, k) for k in ks] for pool in pools])
+    rows_P_K = np.array([_expected_rows(pool, ks) for pool in pools])
     cells: list[Cell] = []
     for arm, rule in arms.items():
         solved_P_K = np.array([chances(pool, rule, ks, seed=seed) for pool in pools])
-        ideal, actual = flops[rule in SCORED_RULES]
+        ideal, actual = flops_P_K[rule in SCORED_RULES]
         cells += [
             Cell(arm, k, solved_P_K[:, i], ideal[:, i], actual[:, i], found_P_K[:, i], rows_P_K[:, i])
             for i, k in enumerate(ks)
@@ -151,21 +146,27 @@ def _outcome(result: SearchResult, rule: Rule | None) -> tuple[float, float, flo
     index = result.selected if rule is None or result.failed else rule(result.candidates)
     right = index is not None and not result.failed and solved(result.candidates[index])
     distinct = {c.text for c in result.candidates if solved(c)}
-    spend = result.spend
-    ideal = spend.flops_ideal or float(spend.samples)
-    actual = spend.flops_actual or float(spend.samples)
+    ideal, actual = _cost(result.spend.to_json())
     return float(right), ideal, actual, float(bool(distinct)), float(min(len(distinct), ROWS_KEPT))
 
 
 def _spend(pool: Pool, k: int, *, scored: bool) -> tuple[float, float]:
-    """Ideal and actual FLOPs of k samples."""
-    spent = dict(zip(_SPENT, expected_spend(pool, min(k, len(pool.correct_N)), scored=scored), strict=True))
-    return spent["flops_ideal"] or spent["samples"], spent["flops_actual"] or spent["samples"]
+    """What k samples cost."""
+    spent = expected_spend(pool, min(k, len(pool.correct_N)), scored=scored)
+    return _cost(dict(zip(_SPENT, spent.tolist(), strict=True)))
 
 
-def _expected_rows(pool: Pool, k: int) -> float:
+def _cost(spent: Mapping[str, float]) -> tuple[float, float]:
+    """Ideal and actual FLOPs. Where the policy's are not known, samples, for every arm: with a verifier's FLOPs alone
+    the arms that ask none would seem to cost nothing."""
+    if spent["flops_ideal"] <= spent["verifier_flops_ideal"]:
+        return float(spent["samples"]), float(spent["samples"])
+    return spent["flops_ideal"], spent["flops_actual"]
+
+
+def _expected_rows(pool: Pool, ks: Sequence[int]) -> list[float]:
     """Distinct right texts expected among k samples, at most ROWS_KEPT."""
     num = len(pool.correct_N)
     if pool.failed or not num:
-        return 0.0
-    return min(float(ROWS_KEPT), sum(pass_at_k(num, copies, min(k, num)) for copies in pool.right_copies))
+        return [0.0] * len(ks)
+    return distinct_at_k(num, pool.right_copies, [min(k, num) for k in ks], ROWS_KEPT)

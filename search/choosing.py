@@ -87,7 +87,8 @@ def arm_flops(table: StrategyTable, arm: str, samples: float) -> float:
     """
     rungs = sorted((rung.budget, rung.flops) for rung in table.ladders[EVERYWHERE] if rung.arm == arm)
     if len(rungs) < 2:
-        raise DataError(f"the StrategyTable has {arm} at {len(rungs)} budgets, two are needed: add to table.budgets")
+        way_out = f"add to table.budgets, and {arm} to table.strategies" if not rungs else "add to table.budgets"
+        raise DataError(f"the StrategyTable has {arm} at {len(rungs)} budgets, two are needed: {way_out}")
     budgets, flops = (np.array(column) for column in zip(*rungs, strict=True))
     at = int(np.clip(np.searchsorted(budgets, samples), 1, len(budgets) - 1))
     slope = (flops[at] - flops[at - 1]) / (budgets[at] - budgets[at - 1])

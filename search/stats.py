@@ -199,6 +199,28 @@ def _holds_one(num: int, num_correct: int, k: int) -> float:
     return 1.0 - math.prod(1 - k / i for i in range(num - num_correct + 1, num + 1))
 
 
+def distinct_at_k(num: int, copies: Sequence[int], ks: Sequence[int], most: int) -> list[float]:
+    """How many different texts are expected among k drawn samples, for each k, none counted beyond `most`.
+
+    `copies`: how often each text is among the `num` samples; all others count for nothing. Exact; above 900 samples
+    what is expected is cut at `most` instead, which is a little more.
+    """
+    for k in ks:
+        _check_k(num, k)
+    expected = [math.fsum(pass_at_k(num, n, k) for n in copies) for k in ks]
+    if len(copies) <= most or num > _EXACT_POOL:
+        return [min(float(most), one) for one in expected]
+    degree = max(ks)
+    ways = np.zeros((most, degree + 1))  # [d, j]: ways for j samples to hold d of the texts
+    ways[0] = [math.comb(num - sum(copies), j) for j in range(degree + 1)]
+    for size in copies:
+        before = ways.copy()
+        for j in range(1, min(size, degree) + 1):
+            ways[1:, j:] += math.comb(size, j) * before[:-1, : degree + 1 - j]
+    short = np.arange(most, 0, -1) @ ways  # how many each misses of `most`
+    return [most - float(short[k]) / math.comb(num, k) for k in ks]
+
+
 def best_at_k(correct_N: Sequence[float], scores_N: Sequence[float | None], k: int) -> float:
     """Chance that the highest score among k drawn samples is a correct one; exact, ties broken at random.
 

@@ -11,10 +11,11 @@ Axis legend: _P problems, _B bins, from 1 = easiest; 0 stands for all problems t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,15 @@ class Rung:
     def name(self) -> str:
         return f"{self.arm} @ {self.budget:g}"
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Rung:
+        """Raises TypeError, ValueError for what cannot be one."""
+        rung = cls(**row)
+        numbers = [rung.budget, rung.value, rung.mean, rung.se, rung.flops]
+        if not isinstance(rung.arm, str) or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{row} is no rung")
+        return rung
+
 
 @dataclass(frozen=True, slots=True)
 class StrategyTable:
@@ -66,10 +76,6 @@ class StrategyTable:
     def num_bins(self) -> int:
         return len(self.ladders) - 1
 
-    @property
-    def arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(rung.arm for ladder in self.ladders for rung in ladder))
-
     def bins(self, rates_P: Sequence[float]) -> NDArray[np.intp]:
         """The bin of each predicted pass rate, from 1 = easiest; 0 where the rate is not finite."""
         rates = np.asarray(rates_P, dtype=np.float64)
@@ -84,14 +90,6 @@ class StrategyTable:
             raise BudgetError(f"the table knows no strategy for {budget:g} samples: give at least {least:g}")
         return affordable[pick(affordable)]
 
-    def at_price(self, bin: int, price: float) -> Rung:
-        """The rung with the most value where a FLOP costs `price` of it."""
-        ladder = self.ladders[bin]
-        return max(ladder, key=lambda rung: rung.value - price * rung.flops)
-
-    def find(self, bin: int, arm: str, budget: float) -> Rung | None:
-        return next((rung for rung in self.ladders[bin] if rung.arm == arm and rung.budget == budget), None)
-
     def best_within(self, bin: int, flops: float) -> Rung:
         """The rung with the most value that costs at most so much. Raises BudgetError."""
         affordable = [rung for rung in self.ladders[bin] if rung.flops <= flops]
@@ -101,10 +99,16 @@ class StrategyTable:
 
     def spread(self, mean_flops: float, counts: Sequence[int], *, abstain: bool = False) -> Allocation:
         """Offers for the bins, from bin 1 on, so that questions cost at most `mean_flops` on average and are worth the
-        most: indices of rungs in each bin's ladder. `counts`: questions in each bin. `abstain`: no answer, for free,
-        may be an offer. Raises BudgetError where even the cheapest rungs cost more."""
+        most: indices of rungs in each bin's ladder. `counts`: questions in each bin; where there is none, the offer is
+        the cheapest. `abstain`: no answer, for free, may be an offer. Raises BudgetError where even the cheapest rungs
+        cost more."""
         ladders = [Ladder([r.flops for r in steps], [r.value for r in steps]) for steps in self.ladders[1:]]
-        return allocate(ladders, mean_flops, counts=counts, abstain=abstain)
+        asked = [b for b, count in enumerate(counts) if count]
+        found = allocate([ladders[b] for b in asked], mean_flops, counts=[counts[b] for b in asked], abstain=abstain)
+        choice_P = np.zeros(len(ladders), dtype=np.intp)
+        choice_P[asked] = found.choice_P
+        splits = tuple(split._replace(ladder=asked[split.ladder]) for split in found.splits)
+        return replace(found, choice_P=choice_P, splits=splits)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -119,21 +123,35 @@ class StrategyTable:
     @classmethod
     def from_json(cls, row: Mapping[str, Any], source: str = "this table") -> StrategyTable:
         """Raises DataError for another format, and for a table that does not hold together."""
-        if row.get("format") != FORMAT:
-            raise DataError(f"{source} has format {row.get('format')!r}, this Ratchet reads {FORMAT}: fit it again")
         try:
+            if (format := row["format"]) != FORMAT:
+                raise DataError(f"{source} has format {format!r}, this Ratchet reads {FORMAT}: fit it again")
             table = cls(
                 objective=row["objective"],
                 edges=tuple(map(float, row["edges"])),
                 counts=tuple(map(int, row["counts"])),
-                ladders=tuple(tuple(Rung(**rung) for rung in ladder) for ladder in row["ladders"]),
-                made_of=row["made_of"],
+                ladders=tuple(tuple(Rung.from_json(rung) for rung in ladder) for ladder in row["ladders"]),
+                made_of=dict(row["made_of"]),
             )
         except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{source} is no strategy table ({error!r}): fit it again") from error
-        if len(table.counts) != len(table.ladders) or not all(table.ladders) or table.num_bins != len(table.edges) + 1:
-            raise DataError(f"{source}: edges, counts and ladders do not fit together: fit it again")
+        if wrong := table._wrong():
+            raise DataError(f"{source}: {wrong}: fit it again")
         return table
+
+    def _wrong(self) -> str | None:
+        """What does not hold together."""
+        if self.objective not in get_args(Objective):
+            return f"objective '{self.objective}' is none of {', '.join(get_args(Objective))}"
+        if len(self.counts) != len(self.ladders) or not all(self.ladders) or self.num_bins != len(self.edges) + 1:
+            return "edges, counts and ladders do not fit together"
+        if not np.isfinite(self.edges).all() or list(self.edges) != sorted(set(self.edges)):
+            return "its edges do not rise"
+        if any([rung.flops for rung in ladder] != sorted(rung.flops for rung in ladder) for ladder in self.ladders):
+            return "the rungs of a bin are not in the order of their FLOPs"
+        return None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
