@@ -421,17 +421,17 @@ def _choices_finding(found: Document) -> str:
 
 def _by_bin_finding(found: Document) -> str:
     everyone, budgets = rivals(found), rival_budgets(found)
-    rows = found.get("by_bin", {}).get(main_kind(found), ())
+    kind = main_kind(found)
+    rows = found.get("by_bin", {}).get(kind, ())
     search = everyone.get("other") or everyone.get("paper")
     if not rows or not budgets or not search or "baseline" not in everyone:
         return "Accuracy within each bin"
-    pairs = [(r["bin"], *(in_bin(r, who, budgets[-1]) for who in (search, everyone["baseline"]))) for r in rows]
-    leads = [(a - b, number) for number, a, b in pairs if a is not None and b is not None]
-    lead, number = max(leads, default=(0.0, 0))
-    ahead = sum(value > 0 for value, _ in leads)
-    name = family(search.cells[budgets[-1]]["arm"])
-    where = f", most in bin {number} ({100 * lead:+.0f} points)" if ahead else ""
-    return f"At N = {budgets[-1]:g}, {name} is ahead of best-of-N in {ahead} of {len(leads)} bins{where}"
+    pairs = [[in_bin(r, who, budgets[-1]) for who in (search, everyone["baseline"])] for r in rows]
+    leads = [a - b for a, b in pairs if a is not None and b is not None]
+    ahead = sum(lead > 0 for lead in leads)
+    name = _capital(family(search.cells[budgets[-1]]["arm"]))
+    most = f", by up to {100 * max(leads):.0f} points" if ahead else ""
+    return f"{name} leads best-of-N in {ahead} of {len(leads)} {KINDS[kind]} bins at N = {budgets[-1]:g}{most}"
 
 
 def _across_finding(found: Document) -> str:

@@ -195,6 +195,16 @@ def test_the_exchange_and_the_verifiers_in_one_sentence_each():
     assert text.finding("quality", found) == "No saving is shown at N = 16, not even with the best verifier"
 
 
+def test_within_bins_the_lead_is_that_of_the_bins_of_the_choice():
+    found = document()
+    for row, lead in zip(found["by_bin"]["question"], (0.05, -0.1), strict=True):
+        row["accuracy"]["step_rejection(draws=4) @ 16"] += lead
+    said = "Step rejection leads best-of-N in 1 of 2 question-predicted bins at N = 16, by up to 5 points"
+    assert text.finding("bins", found) == said
+    del found["by_bin"]["question"]
+    assert text.finding("bins", found) == "Accuracy within each bin"
+
+
 def test_what_is_not_known_is_listed():
     found = document()
     assert not [line for line in report.unknowns(found) if "resamples" in line or "larger model" in line]
