@@ -34,8 +34,8 @@ NUM_SPLITS = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """Every cell in every bin, float64 [B, C]: shrunken value, what it is without shrinking, their standard error
-    beside the bin's other cells, and FLOPs. `weights_B`: problems in the bin."""
+    """Every cell in every bin, float64 [B, C]: shrunken value, what it is without shrinking, the standard error of the
+    value beside the bin's other cells, and FLOPs. `weights_B`: problems in the bin."""
 
     values_B_C: Floats
     means_B_C: Floats
@@ -54,19 +54,22 @@ class Curve:
     def flops_at(self, accuracy: float) -> float:
         """The least FLOPs for an accuracy, linear between neighbours, which a mixture of the two really reaches; inf
         where the curve ends below it."""
-        reached = np.maximum.accumulate(self.accuracy_L)
-        if accuracy > reached[-1]:
-            return math.inf
-        after = int(np.searchsorted(reached, accuracy))
-        if after == 0 or reached[after] == reached[after - 1]:
-            return float(self.flops_L[after])
-        part = (accuracy - reached[after - 1]) / (reached[after] - reached[after - 1])
-        return float((1 - part) * self.flops_L[after - 1] + part * self.flops_L[after])
+        reached, flops = self._rising()
+        if accuracy > reached[-1]:  # by the last bits of another sum is not above
+            return float(flops[-1]) if math.isclose(accuracy, reached[-1], rel_tol=1e-9) else math.inf
+        return float(np.interp(accuracy, reached, flops))
 
     def accuracy_at(self, flops: float) -> float:
         """What that many FLOPs a problem reach; nan below the first point."""
-        reached = np.maximum.accumulate(self.accuracy_L)
-        return float(np.interp(flops, self.flops_L, reached, left=math.nan))
+        reached, paid = self._rising()
+        return float(np.interp(flops, paid, reached, left=math.nan))
+
+    def _rising(self) -> tuple[Floats, Floats]:
+        """Accuracy and FLOPs of the points that no cheaper one is as accurate as."""
+        order = np.lexsort((-self.accuracy_L, self.flops_L))
+        accuracy, flops = self.accuracy_L[order], self.flops_L[order]
+        better = np.append(True, accuracy[1:] > np.maximum.accumulate(accuracy)[:-1])
+        return accuracy[better], flops[better]
 
 
 class Cells:
@@ -97,19 +100,22 @@ def _fit(sums_B_4_C: Floats, weights_B: Floats, most: float) -> Fit:
     """From weighted sums of value, FLOPs, paired rest and its square; no value is above `most`."""
     num = np.maximum(weights_B, 1e-9)[:, None]
     means_B_C, flops_B_C, rest_B_C = (sums_B_4_C[:, i] / num for i in range(3))
-    variance = np.maximum(sums_B_4_C[:, 3] / num - rest_B_C**2, 0.0)
-    square_B_C = variance / np.maximum(num - 1, 1.0)
+    variance_B_C = np.maximum(sums_B_4_C[:, 3] / num - rest_B_C**2, 0.0)
     share_B = weights_B / weights_B.sum()
+    square_B_C = variance_B_C / np.maximum(num - 1, 1.0)
     overall_C = share_B @ means_B_C
     level_B = means_B_C.mean(axis=1, keepdims=True)
     prior_B_C = level_B + (overall_C - overall_C.mean())
     own_B_C = means_B_C - prior_B_C
     spread_B = np.maximum((own_B_C**2 - square_B_C).mean(axis=1, keepdims=True), 0.0)  # of true deviations
-    keep = np.divide(spread_B, spread_B + square_B_C, out=np.ones_like(own_B_C), where=spread_B + square_B_C > 0)
-    empty = (weights_B <= 0)[:, None]
-    values = np.clip(np.where(empty, overall_C, prior_B_C + keep * own_B_C), 0.0, most)
-    flops = np.where(empty, share_B @ flops_B_C, flops_B_C)
-    return Fit(values, means_B_C, np.sqrt(keep * square_B_C), flops, weights_B)
+    keep_B_C = np.divide(spread_B, spread_B + square_B_C, out=np.ones_like(own_B_C), where=spread_B + square_B_C > 0)
+    keep_B_C[weights_B < 2] = 0.0  # one problem does not tell how much problems differ
+    empty_B = (weights_B <= 0)[:, None]
+    values_B_C = np.clip(np.where(empty_B, overall_C, prior_B_C + keep_B_C * own_B_C), 0.0, most)
+    flops_B_C = np.where(empty_B, share_B @ flops_B_C, flops_B_C)
+    prior_square_C = share_B**2 @ square_B_C  # what a cell is worth elsewhere is not known for certain either
+    ses_B_C = np.sqrt(keep_B_C * square_B_C + (1 - keep_B_C) ** 2 * prior_square_C)
+    return Fit(values_B_C, means_B_C, ses_B_C, flops_B_C, weights_B)
 
 
 # ---------------------------------------------------------------- choices
@@ -346,7 +352,8 @@ def equal_accuracy(
     seed: object = 0,
 ) -> list[Ratio]:
     """Ratios against the strongest baseline at each budget. Every resample of the problems redoes it all: bins, splits,
-    shrinking, choice, and which baseline is the strongest. `arms`: what may be chosen; None: everything.
+    shrinking, choice, and which baseline is the strongest. `arms`: what may be chosen; None: everything. A resample has
+    fewer distinct problems to choose by, so intervals err to the low side.
 
     Raises DataError where a baseline was not measured at a budget.
     """
