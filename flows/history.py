@@ -168,7 +168,7 @@ class History:
 def load_history(loop_dir: Path, *, gains: Mapping[tuple[int, str], Path] | None = None) -> History:
     """Everything the loop has written so far. Raises DataError where there is no loop, or none of its rounds.
 
-    `gains`: folders whose metrics.jsonl holds the gains of (round, kind), for reports that are not committed yet.
+    `gains`: folders whose metrics.jsonl is the report's of (round, kind), for reports that are not committed yet.
     """
     if not loop_dir.is_dir():
         raise DataError(f"no loop in {loop_dir}: start one with `ratchet round CONFIG`, or give --runs-dir")
@@ -286,7 +286,7 @@ def _load_round(
     verdict, reason = _verdict(record, gate, number)
     if record is None and verdict == "promoted":  # the report is written before the verdict is recorded
         after = challenger
-    metrics = _all_metrics(folder)
+    metrics = _all_metrics(folder) | read_metrics(report)
     before_metrics = _test_metrics(before.folder) if before and number else {}
     samples = read_json(folder / "config.json").get("search", {}).get("samples")
     gains, efficiency = _stored_gains(report)

@@ -22,8 +22,8 @@ from flows.folders import ROUND, Live, Point, Round, Stage, Status, loop_id, map
 from flows.redact import Redactor, metric_name, parameters
 
 Kind = Literal["loop", "round", "stage"]
-CURVES = ("champion/", "data/", "difficulty/", "distill/", "gain/", "gate/", "revision/", "spend/", "table/", "test/")
-CURVES += ("verifier/",)
+CURVES = ("champion/", "data/", "difficulty/", "distill/", "gain/", "gate/", "limits/", "revision/", "spend/")
+CURVES += ("table/", "test/", "verifier/")
 SHOWN = (".html", ".png", ".svg", ".json", ".md")
 MAX_SHOWN_BYTES = 8 * 2**20
 MAX_NOTE_CHARS = 5000

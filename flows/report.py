@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flows import report_text as text
+from flows import table_text
 from flows.findings import Findings, find
 from flows.history import History, Round, greedy_gain, load_history, measured_sizes, paired, shard_files
+from flows.limits import Counts, find_limits
 from search import evaluate, stats
 
 if TYPE_CHECKING:
@@ -84,11 +86,15 @@ def render_page(
         figures_table=text.figures_table(history, round_),
         rounds_table=text.rounds_table(history),
         findings=text.comparison_lines(history, round_),
+        limits_sentence=text.limits_sentence(round_),
         moves=history.moves_by_hand,
         left_sentence=text.left_sentence(findings),
         data_lines=text.data_lines(round_),
         difficulty_table=text.difficulty_table(round_),
         verifier_table=text.verifier_table(round_),
+        choices_table=table_text.choices(round_),
+        choices_lines=table_text.worth(round_),
+        choosers_table=table_text.over_rounds(history),
         cost_lines=text.cost_lines(round_),
         spend_table=text.spend_table(round_),
         solved=[asdict(example) for example in findings.solved],
@@ -123,7 +129,8 @@ def summary_markdown(history: History, round_: Round) -> str:
         lines += ["| " + " | ".join(map(_plain, table.heads)) + " |", "|" + " --- |" * len(table.heads)]
         lines += ["| " + " | ".join(map(_plain, row.cells)) + " |" for row in table.rows]
         lines.append("")
-    lines += [_plain(line) for line in (*text.comparison_lines(history, round_), *text.cost_lines(round_))]
+    limit = [line] if (line := text.limits_sentence(round_)) else []
+    lines += [_plain(line) for line in (*text.comparison_lines(history, round_), *limit, *text.cost_lines(round_))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -142,14 +149,15 @@ def round_metrics(loop_dir: Path, number: int, kind: str = "round") -> dict[str,
     """Rows of metrics.jsonl; a tuple is (value, standard error). Reads the pools: seconds, not milliseconds.
 
     gain/{figure}, _low, _high, _n (challenger minus champion before, paired, 95 %), distill/efficiency (_low, _high by
-    bootstrap over problems; _samples, _searched), spend/... of the round. No wall times: they would differ in a repeat.
+    bootstrap over problems; _samples, _searched), limits/... (see `flows.limits`), spend/... of the round. No wall
+    times: they would differ in a repeat.
     """
     round_ = load_history(loop_dir).find(number, kind)
     names = {"flops_ideal": "flops"}
     total = round_.total.spend.to_json()
     rows: dict[str, float | tuple[float, float]] = {f"spend/{names.get(n, n)}": float(v) for n, v in total.items()}
     if round_.before is None:
-        return rows
+        return rows | _limits_rows(round_)
     gains = greedy_gain(round_.before.folder, round_.folder)
     ks = [k for k in measured_sizes(round_.metrics, "pass") if f"test/pass_at_{k}" in round_.before_metrics]
     old, new = shard_files(round_.before.folder, "pool-test"), shard_files(round_.folder, "pool-test")
@@ -159,11 +167,20 @@ def round_metrics(loop_dir: Path, number: int, kind: str = "round") -> dict[str,
             sizes = [k for k in ks if k > 1 or name == "pass"]  # a vote of one is pass@1
             found = {f"{name}_at_{k}": paired(a.by_key(rule, k), b.by_key(rule, k)) for k in sizes}
             gains |= {figure: gain for figure, gain in found.items() if gain}
-        rows |= _efficiency_rows(a.counts, b.counts, round_)
+        rows |= _efficiency_rows(a.counts, b.counts, round_) | _limits_rows(round_, a.counts, b.counts)
+    else:
+        rows |= _limits_rows(round_)
     for figure, gain in gains.items():
         rows[f"gain/{figure}"] = (gain.mean, gain.se)
         rows |= {f"gain/{figure}_low": gain.low, f"gain/{figure}_high": gain.high, f"gain/{figure}_n": float(gain.n)}
     return rows
+
+
+def _limits_rows(
+    round_: Round, before: Counts | None = None, after: Counts | None = None
+) -> dict[str, float | tuple[float, float]]:
+    found = find_limits(round_, before, after)
+    return found.metrics() if found else {}
 
 
 def _efficiency_rows(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flows import limits
 from flows.findings import Findings, clean
 from flows.history import Cost, Figure, History, ModelRef, Round, measured_sizes
 from flows.show import count, seconds
@@ -193,6 +194,12 @@ def comparison_lines(history: History, round_: Round) -> list[str]:
             what = {"control-random": "random right samples instead of search"}.get(control.kind, "more base training")
             lines.append(f"The control with {what} gained {points(gain)} points greedily.")
     return lines
+
+
+def limits_sentence(round_: Round) -> str:
+    """Which of verifier, search and distillation limits the loop; empty where that was not measured."""
+    found = limits.from_metrics(round_.metrics)
+    return found.sentence() if found else ""
 
 
 def _value(metrics: Mapping[str, Figure], name: str) -> float | None:

@@ -234,8 +234,9 @@ def _summary(loop_dir: Path, record: RoundRecord) -> None:
     figures = text.figures_table(history, finished)
     if figures.rows:
         console.print(show.plain_table(figures.heads, [row.cells for row in figures.rows]))
-    for line in (*text.explanation(finished), *text.cost_lines(finished)):
-        console.print(Text(line), soft_wrap=True)
+    for line in (*text.explanation(finished), text.limits_sentence(finished), *text.cost_lines(finished)):
+        if line:
+            console.print(Text(line), soft_wrap=True)
 
 
 def _program(name: str) -> str:
