@@ -71,13 +71,17 @@ def choose_together(
 ) -> Chooser:
     """At most `mean_flops` a question on average over these questions, as the table estimates costs.
 
-    Where no question has a known difficulty, each gets the best that it can buy. Raises BudgetError.
+    One whose difficulty is not known gets the best for that mean, or the cheapest there is; where none is known, all
+    are alike. Raises BudgetError.
     """
     bins = table.bins(list(rates.values())).tolist()
-    known = [bins.count(b) for b in range(1, table.num_bins + 1)]
-    allocation = table.spread(mean_flops, known if sum(known) else table.counts[1:])
+    counts = [bins.count(b) for b in range(1, table.num_bins + 1)]
+    if not sum(counts):
+        return Chooser(table, rates, (table.best_within(EVERYWHERE, mean_flops),) * (table.num_bins + 1), facts)
+    allocation = table.spread(mean_flops, counts)
     rungs = [ladder[i] for ladder, i in zip(table.ladders[1:], allocation.choice_P, strict=True)]
-    return Chooser(table, rates, (table.best_within(EVERYWHERE, mean_flops), *rungs), facts, allocation)
+    unknown = table.best_within(EVERYWHERE, max(mean_flops, table.ladders[EVERYWHERE][0].flops))
+    return Chooser(table, rates, (unknown, *rungs), facts, allocation)
 
 
 def arm_flops(table: StrategyTable, arm: str, samples: float) -> float:
