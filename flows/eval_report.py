@@ -17,6 +17,7 @@ import numpy as np
 
 from search import stats
 from search.assessment import BEST_OF_N, Difficulty, assessment
+from search.belief import beta_prior, fit_strength
 from search.cells import Grid, outcome_cell
 from search.early_stopping import (
     AdaptiveMajority,
@@ -30,11 +31,13 @@ from search.early_stopping import (
 from search.evaluate import Pool
 from search.exchanged import exchanged
 from search.optimal import MIN_PROBLEMS
+from search.sequential import mean_cost, simulate_sequential
 from search.table import StrategyTable
 from search.types import SearchResult
 
 UNSCORED_RULES = (EarlyStopping(), AdaptiveMajority())
 SCORED_RULES = (EarlyBestOfN(0.5), EarlyBestOfN(0.9), EarlyWeighted(), AdaptiveWeighted(), OptScale())
+SEQUENTIAL_PRICES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005)  # chance of a right answer that one more sample must add
 RATIOS_AT = (4, 8, 16, 32, 64)  # budgets at which equal accuracy is asked for, where a baseline has them
 
 
@@ -82,6 +85,8 @@ def write(
         "known": {name: {"spearman": stats.spearman(d.rates_P, oracle), "flops": d.flops} for name, d in known.items()},
         "table": table.to_json() if table else None,
     }
+    if rates:
+        document["sequential"] = _sequential(pools, others, rates, grid, scored=scored)
     if larger is not None:
         document["exchange"] = _exchange(grid.only(choosable), larger, pools, oracle, bins, seed)
     page = optimal_report.write(document, out)
@@ -100,6 +105,32 @@ def _exchange(
     policy = pool.spend.flops_ideal - pool.spend.verifier_flops_ideal
     own = policy / (pool.num_prompt_tokens + pool.spend.generated_tokens)
     return exchanged(grid, cell, each / own, oracle_P, bins=bins, seed=seed)
+
+
+def _sequential(
+    pools: Sequence[Pool], others: Sequence[Pool], rates: Mapping[str, float], grid: Grid, *, scored: bool
+) -> dict[str, Any]:
+    """Assess and solve at once, from the predicted rates: accuracy against FLOPs over prices, at the largest budget.
+
+    How much the predictor knows (its strength) is one number, fitted on the disjoint samples.
+    """
+    keys = list(grid.keys)
+    rates_P = np.clip([rates[key] for key in keys], 1e-3, 1 - 1e-3)
+    by_key = {pool.key: pool for pool in others}
+    right = [sum(by_key[key].correct_N) for key in keys]
+    strength = fit_strength(rates_P, right, [len(by_key[key].correct_N) for key in keys])
+    priors = dict(zip(keys, zip(*beta_prior(rates_P, strength), strict=True), strict=True))
+    each = float(np.mean([mean_cost(pool, scored=scored) for pool in pools])) or 1.0
+    most = max(int(cell.budget) for cell in grid.cells if cell.arm == "majority")
+    points: list[dict[str, float]] = []
+    for price in SEQUENTIAL_PRICES:
+        (stop,) = simulate_sequential(
+            pools, priors, price / each, [most], answer="highest" if scored else "majority"
+        )  # fmt: skip
+        accuracy, flops = float(stop.cell.solved_P.mean()), float(stop.cell.flops_P.mean())
+        samples = float(stop.samples_P.mean())
+        points.append({"price": price, "accuracy": accuracy, "flops": flops, "samples": samples})
+    return {"strength": strength, "most": most, "points": points}
 
 
 def _with_early(grid: Grid, pools: Sequence[Pool], *, scored: bool) -> tuple[Grid, tuple[str, ...]]:

@@ -256,10 +256,11 @@ def _outcomes_of(row: Mapping[str, Any]) -> Outcomes:
 
 
 def figures(
-    blocks: Sequence[Cell], ks: Sequence[int], rules: Sequence[str], order: Mapping[str, int]
+    blocks: Sequence[Cell], ks: Sequence[int], rules: Sequence[str], order: Mapping[str, int], delimiter: str
 ) -> Figures | None:
     """The figures of a pool in blocks, over the problems that all of them hold; None where there is none."""
-    pools = map(reduce_pool, joined([block.folder for block in blocks], order, max(ks)))
+    drawn = joined([block.folder for block in blocks], order, max(ks), delimiter)
+    pools = (reduce_pool(result, delimiter) for result in drawn)
     first = next(pools, None)
     return pool_figures(itertools.chain([first], pools), ks, rules) if first else None
 

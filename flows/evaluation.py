@@ -57,7 +57,7 @@ REPORTED_STEPS = (
     "lookahead(width=2)",
     "dvts(width=2)",
     "step_rejection(draws=4)",
-    "step_rejection(draws=32, greedy=true)",
+    "step_rejection(draws=16, greedy=true)",
     "step_rejection(draws=4, greedy=true, restart=true)",
 )
 BIN_SAMPLES = 32  # with --report: more independent samples, which tell difficulty apart from what is measured
@@ -129,7 +129,8 @@ def evaluate_model(
         fit = _problems(task, "fit", NUM_FIT, runs_dir / config.loop.name)
         choosing = [folder for folder in (chosen.table, chosen.difficulty) if folder]
         store = Store(root, config, chosen.policy, split, problems, num_processes(config), fit, choosing)
-        searches = Searches(store, items, facts.fingerprint if facts else None, binning=BIN_SAMPLES if report else 0)
+        asked, binning = facts.fingerprint if facts else None, BIN_SAMPLES if report else 0
+        searches = Searches(store, items, asked, task.step_delimiter, binning=binning)
         if request.fresh:
             store.forget(searches.cells)
         _search(chosen, split, problems, fit, searches.cells, request)
@@ -156,7 +157,7 @@ def evaluate_model(
             flops,
             table,
             bins=config.difficulty.bins,
-            scored=facts is not None,
+            scored=searches.scored,
             seed=config.loop.seed,
             larger=greedy,
         )
@@ -194,7 +195,7 @@ def plan(
         raise ConfigError(f"--unit {request.unit}: expected samples, tokens or flops")
     named = REPORTED if report else ALWAYS
     specs = parse_list(request.strategies) if request.strategies else [parse(n) for n in _default(facts, named)]
-    budgets = request.budgets or ((1, 2, 4, 8, 16, 32) if report else (1, 4, 16, 64))
+    budgets = request.budgets or ((1, 2, 4, 8, 16) if report else (1, 4, 16, 64))
     items: list[Item] = []
     refused: BudgetError | None = None
     for spec in dict.fromkeys(spec.text for spec in specs):
@@ -235,9 +236,10 @@ def _rule(spec: Spec, budget: Budget) -> str | None:
 class Searches:
     """The searches behind the items, and what they found."""
 
-    def __init__(self, store: Store, items: Sequence[Item], verifier: str | None, *, binning: int = 0):
-        """`binning`: samples beside those of the largest budget, by which difficulty is told."""
+    def __init__(self, store: Store, items: Sequence[Item], verifier: str | None, delimiter: str, *, binning: int = 0):
+        """`delimiter` of the steps; `binning`: samples beside those of the largest budget, to tell difficulty."""
         self._items = items
+        self._delimiter = delimiter
         self.binning = binning
         self._cells = {
             (item.spec.text, item.budget.amount): store.search(
@@ -257,7 +259,8 @@ class Searches:
         samples that tell difficulty. Raises DataError where a search is not complete."""
         keys = tuple(order)
         blocks = [block.folder for block in self._scores or self._blocks]
-        pools = [reduce_pool(r) for r in joined(blocks, order, self._num)] if self._num else []
+        drawn = joined(blocks, order, self._num, self._delimiter) if self._num else ()
+        pools = [reduce_pool(result, self._delimiter) for result in drawn]
         if self._num and len(pools) < len(keys):
             raise DataError(f"samples of {len(keys) - len(pools)} problems are missing: run the same command again")
         rest = [reduce_pool(halves(r, self._num)[1]) for r in joined(blocks, order, self._num + self.binning)]
@@ -270,6 +273,11 @@ class Searches:
                 rule = VOTES[item.spec.vote] if item.spec.vote else None
                 cells.append(searched_cell(folder, text, item.budget.amount, keys, rule))
         return Grid(keys, tuple(cells)), pools, rest
+
+    @property
+    def scored(self) -> bool:
+        """Whether the pool's samples have a verifier's scores."""
+        return bool(self._scores)
 
     @property
     def cells(self) -> list[Cell]:
@@ -310,7 +318,7 @@ class Searches:
         ks = {int(item.budget.amount) for item in self._items if item.rule}
         ks |= {2**i for i in range(self._num.bit_length()) if 2**i <= self._num}
         figures = eval_store.figures(
-            self._scores or self._blocks, sorted(ks), list(dict.fromkeys(names.values())), order
+            self._scores or self._blocks, sorted(ks), list(dict.fromkeys(names.values())), order, self._delimiter
         )
         if figures is None:
             return {}, 0

@@ -163,7 +163,7 @@ def _score_pool(context: Context, inputs: Inputs, out: Path, problems: Sequence[
 
 def _grid(context: Context, out: Path, arms: Sequence[tuple[Spec, Budget]], problems: Sequence[Problem]) -> Grid:
     """Over the problems that were drawn and not lost. Raises DataError where none is left."""
-    pools = {pool.key: pool for pool in read_pools(out / "pool")}
+    pools = {pool.key: pool for pool in read_pools(out / "pool", load_task(context.config).step_delimiter)}
     keys = tuple(p.key for p in problems if p.key in pools)
     if not keys:
         raise DataError("no validation problem has stored samples: give difficulty.samples and difficulty.problems")

@@ -98,6 +98,7 @@ def assessment(
             )
             ratios += [{"arms": arm_set, "bins": kind, **_finite(ratio.to_json())} for ratio in found]
     question = known.get("question") or known.get("verifier") or known["oracle"]
+    asked_P = quantile_bins(question.rates_P, bins)
     levels = sorted({cell.budget for cell in able.cells})
     return {
         "n": num,
@@ -110,7 +111,8 @@ def assessment(
         "ratios": ratios,
         "by_bin": _by_bin(grid, known, bins),
         "choices": _choices(able.only(arms["all"]), question, bins, levels),
-        "across": _across(Cells(able, actual=actual), quantile_bins(question.rates_P, bins), levels, seed),
+        "across": _across(Cells(able, actual=actual), asked_P, levels, seed),
+        "across_samples": _across_samples(able, asked_P, [arm for arm in BEST_OF_N if arm in arms["all"]], seed),
     }
 
 
@@ -165,21 +167,38 @@ def _choices(grid: Grid, difficulty: Difficulty, bins: int, levels: Sequence[flo
 
 
 def _across(cells: Cells, bins_P: np.ndarray, levels: Sequence[float], seed: object) -> list[dict[str, Any]]:
-    """Budgets across questions against the same mean budget on each: paired by problem, at equal mean FLOPs."""
+    """Budgets across questions against the same budget on each: the table's choices, at equal mean FLOPs."""
+    prices = by_price(prices_of(cells, 200))
+    uniform = by_budget(cells.budgets_C, levels)
+    values_L_P, flops_L_P = outcomes(cells, bins_P, prices, seed=seed)
+    same_L_P, spent_L_P = outcomes(cells, bins_P, uniform, seed=seed)
+    rows = [
+        {"budget": level} | _shared(values_L_P, flops_L_P, same_P, spent_P)
+        for level, same_P, spent_P in zip(levels, same_L_P, spent_L_P, strict=True)
+    ]
+    return [row for row in rows if "gain" in row]
+
+
+def _across_samples(grid: Grid, bins_P: np.ndarray, arms: Sequence[str], seed: object) -> list[dict[str, Any]]:
+    """The same for one strategy alone, of which hard questions get more samples (Damani et al. 2024)."""
     rows: list[dict[str, Any]] = []
-    prices = prices_of(cells, 200)
-    values_L_P, flops_L_P = outcomes(cells, bins_P, by_price(prices), seed=seed)
-    for level in levels:
-        uniform_P, spent_P = (a[0] for a in outcomes(cells, bins_P, by_budget(cells.budgets_C, [level]), seed=seed))
-        mixed = at_mean(values_L_P, flops_L_P, float(spent_P.mean()))
-        if mixed is None:
-            continue
-        difference = stats.paired_difference(uniform_P, mixed)
-        rows.append(
-            {"budget": level, "flops": float(spent_P.mean()), "uniform": float(uniform_P.mean())}
-            | {"across": float(mixed.mean()), "gain": difference.mean, "low": difference.low, "high": difference.high}
-        )
+    for arm in arms:
+        cells = Cells(grid.only([arm]))
+        values_L_P, flops_L_P = outcomes(cells, bins_P, by_price(prices_of(cells, 200)), seed=seed)
+        for cell in cells.grid.cells:
+            shared = _shared(values_L_P, flops_L_P, cell.solved_P, cell.flops_P)
+            rows += [{"arm": arm, "budget": cell.budget} | shared] if "gain" in shared else []
     return rows
+
+
+def _shared(values_L_P: Floats, flops_L_P: Floats, same_P: Floats, spent_P: Floats) -> dict[str, Any]:
+    """Paired by problem; no "gain" where even the cheapest way to share costs more."""
+    mixed_P = at_mean(values_L_P, flops_L_P, float(spent_P.mean()))
+    if mixed_P is None:
+        return {}
+    gain = stats.paired_difference(same_P, mixed_P)
+    found = {"flops": float(spent_P.mean()), "uniform": float(same_P.mean()), "across": float(mixed_P.mean())}
+    return found | {"gain": gain.mean, "low": gain.low, "high": gain.high}
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,9 +130,9 @@ def outcome_cell(results: Sequence[SearchResult], arm: str, budget: float) -> Ce
     return Cell(arm, budget, *np.array([_outcome(result, None) for result in results], dtype=np.float64).T)
 
 
-def read_pools(paths: Paths) -> list[Pool]:
-    """Stored pools, reduced to what figures need."""
-    return [reduce_pool(result) for result in read_results(paths)]
+def read_pools(paths: Paths, delimiter: str | None = None) -> list[Pool]:
+    """Stored pools, reduced to what figures need; `delimiter` of the task's steps."""
+    return [reduce_pool(result, delimiter) for result in read_results(paths)]
 
 
 def halves(pool: SearchResult, num: int) -> tuple[SearchResult, SearchResult]:

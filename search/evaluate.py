@@ -49,6 +49,8 @@ class Pool:
     unscored: str | None = None  # why the verifier's scores cannot be used
     num_unscored: int = 0  # samples with an answer on which the verifier gave no verdict: no vote by score
     approximate: bool = False
+    reads: tuple[tuple[int, int], ...] = ()  # (samples, characters) of each distinct beginning's last step
+    num_prompt_characters: float = 0.0  # about, as the samples' tokens are long
 
     @property
     def scored(self) -> bool:
@@ -119,10 +121,15 @@ def ungraded(candidate: Candidate) -> bool:
     return candidate.complete and candidate.grade in (None, Grade.UNGRADED)
 
 
-def reduce_pool(result: SearchResult) -> Pool:
-    """Keep what the figures need of one stored pool. A failure that left finished answers is the verifier's."""
+def reduce_pool(result: SearchResult, delimiter: str | None = None) -> Pool:
+    """Keep what the figures need of one stored pool. A failure that left finished answers is the verifier's.
+
+    `delimiter` of the task's steps: what samples begin with in common, a verifier reads once.
+    """
     candidates = result.candidates
     drawn = any(c.ids for c in candidates)
+    num_ids = sum(len(c.ids) for c in candidates)
+    characters = sum(len(c.text) for c in candidates) / num_ids if num_ids else 0.0
     return Pool(
         key=result.problem.key,
         correct_N=tuple(solved(c) for c in candidates),
@@ -132,12 +139,29 @@ def reduce_pool(result: SearchResult) -> Pool:
         spend=result.spend,
         copies=tuple(Counter(c.text for c in candidates if c.complete).values()),
         right_copies=tuple(Counter(c.text for c in candidates if solved(c)).values()),
+        reads=_reads([c.text for c in candidates if c.complete], delimiter),
         num_prompt_tokens=len(result.prompt_ids),
+        num_prompt_characters=len(result.prompt_ids) * characters,
         failed=None if drawn else result.failed,
         unscored=result.failed if drawn else None,
         num_unscored=sum(c.unscored is not None and c.complete and c.answer is not None for c in candidates),
         approximate=result.approximate,
     )
+
+
+def _reads(texts: Sequence[str], delimiter: str | None) -> tuple[tuple[int, int], ...]:
+    """Every distinct beginning that ends with a step: how many texts have it, and how long its last step is."""
+    if delimiter is None:
+        return ()
+    found: Counter[tuple[str, int]] = Counter()
+    for text in texts:
+        start = 0
+        while start < len(text):
+            at = text.find(delimiter, start)
+            end = len(text) if at < 0 else at + len(delimiter)
+            found[text[:end], end - start] += 1
+            start = end
+    return tuple((count, length) for (_, length), count in found.items())
 
 
 def read_outcomes(paths: Paths, rule: Rule | None = None) -> Outcomes:
@@ -261,11 +285,10 @@ def expected_spend(pool: Pool, k: int, *, scored: bool) -> Floats:
     if num == 0:
         return np.zeros(len(_COUNTS))
     share, later = k / num, (k - 1) / (num - 1) if num > 1 else 1.0
+    begun, read = (float(shares[0]) if scored else 0.0 for shares in read_shares(pool, [k]))
     generated = spend.generated_tokens * share
     first = min(prompt, spend.prefilled_tokens)
     prefilled = first + (spend.prefilled_tokens - first) * later
-    distinct = sum(stats.pass_at_k(num, n, k) for n in pool.copies) / len(pool.copies) if pool.copies else share
-    read = distinct if scored else 0.0
     ideal = _ratio(prompt + generated, prompt + spend.generated_tokens, share)
     actual = _ratio(prefilled + generated, spend.prefilled_tokens + spend.generated_tokens, share)
     verifier_ideal, verifier_actual = spend.verifier_flops_ideal, spend.verifier_flops_actual
@@ -275,12 +298,30 @@ def expected_spend(pool: Pool, k: int, *, scored: bool) -> Floats:
         "prefilled_tokens": prefilled,
         "cached_tokens": spend.cached_tokens * later,
         "verifier_tokens": spend.verifier_tokens * read,
-        "flops_ideal": (spend.flops_ideal - verifier_ideal) * ideal + verifier_ideal * read,
+        "flops_ideal": (spend.flops_ideal - verifier_ideal) * ideal + verifier_ideal * begun,
         "flops_actual": (spend.flops_actual - verifier_actual) * actual + verifier_actual * read,
-        "verifier_flops_ideal": verifier_ideal * read,
+        "verifier_flops_ideal": verifier_ideal * begun,
         "verifier_flops_actual": verifier_actual * read,
     }
     return np.array([expected[name] for name in _COUNTS])
+
+
+def read_shares(pool: Pool, ks: Sequence[int] | np.ndarray) -> tuple[Floats, Floats]:
+    """The shares of what a verifier reads of the pool that k samples are expected to need, for each k: ideally, where
+    the prompt and every common beginning is read once (steps not known: every distinct answer), and actually, where
+    each distinct answer is read whole."""
+    num = len(pool.correct_N)
+    if not pool.copies:
+        share = np.asarray(ks, dtype=np.float64) / num
+        return share, share
+    answers = stats.seen_at_k(num, pool.copies, np.ones(len(pool.copies)), ks)
+    if not pool.reads:
+        return answers, answers
+    counts, lengths = zip(*pool.reads, strict=True)
+    prompt, whole = pool.num_prompt_characters, float(sum(lengths))
+    steps = stats.seen_at_k(num, counts, lengths, ks)
+    any_read = np.asarray(ks) > 0
+    return (prompt * any_read + whole * steps) / (prompt + whole), answers
 
 
 def _ratio(part: float, whole: float, otherwise: float) -> float:
@@ -295,7 +336,9 @@ def _rounded(values: Floats) -> Spend:
     return Spend(**found)
 
 
-def joined(blocks: Sequence[Paths], order: Mapping[str, int], num: int) -> Iterator[SearchResult]:
+def joined(
+    blocks: Sequence[Paths], order: Mapping[str, int], num: int, delimiter: str | None = None
+) -> Iterator[SearchResult]:
     """Pools drawn in several blocks, put together and cut to their first `num` samples; bounded memory.
 
     Each block's results come in the order of the problems; problems that a block lacks are left out.
@@ -305,13 +348,13 @@ def joined(blocks: Sequence[Paths], order: Mapping[str, int], num: int) -> Itera
     while all(heads):
         places = [order[head.problem.key] for head in heads if head]
         if min(places) == max(places):
-            yield _join([head for head in heads if head], num)
+            yield _join([head for head in heads if head], num, delimiter)
         for i, place in enumerate(places):
             if place < max(places) or min(places) == max(places):
                 heads[i] = next(streams[i], None)
 
 
-def _join(parts: Sequence[SearchResult], num: int) -> SearchResult:
+def _join(parts: Sequence[SearchResult], num: int, delimiter: str | None) -> SearchResult:
     """The spend is that of the samples kept: generated tokens are counted, the rest is shared among the samples."""
     candidates = [c for part in parts for c in part.candidates]
     spend = sum((part.spend for part in parts), Spend())
@@ -320,7 +363,7 @@ def _join(parts: Sequence[SearchResult], num: int) -> SearchResult:
     if len(candidates) <= num:
         return whole
     ids, kept = (sum(len(c.ids) for c in some) for some in (candidates, candidates[:num]))
-    spent = dict(zip(_COUNTS, expected_spend(reduce_pool(whole), num, scored=True), strict=True))
+    spent = dict(zip(_COUNTS, expected_spend(reduce_pool(whole, delimiter), num, scored=True), strict=True))
     generated = whole.spend.generated_tokens * _ratio(kept, ids, num / len(candidates))
     flops = (generated - spent["generated_tokens"]) * _flops_per_token(whole)
     spent |= {"generated_tokens": generated}

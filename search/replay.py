@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from search.cells import ROWS_KEPT, Cell
 from search.errors import DataError
-from search.evaluate import Pool, expected_spend
+from search.evaluate import Pool, expected_spend, read_shares
 from search.randomness import key64
 from search.stats import Floats
 from search.strategies.best_of_n import ahead
@@ -255,12 +255,12 @@ def spend_table(pool: Pool, num: int, *, scored: bool) -> Floats:
     if not size:
         return np.zeros((2, num + 1))
     ks = np.minimum(np.arange(num + 1), size)
-    bare = replace(pool, copies=())  # what is read is counted below, for all k at once
+    bare = replace(pool, copies=(), reads=())  # what is read is counted below, for all k at once
     ends = [dict(zip(_SPENT, expected_spend(bare, k, scored=False), strict=True)) for k in (1, size)]
     judged = dict(zip(_SPENT, expected_spend(bare, size, scored=scored), strict=True))
-    read = _read_share(pool, ks) if scored else 0.0
+    shares = read_shares(pool, ks) if scored else (0.0, 0.0)
     tables: list[Floats] = []
-    for kind in ("flops_ideal", "flops_actual"):
+    for kind, read in zip(("flops_ideal", "flops_actual"), shares, strict=True):
         first, last = (end[kind] for end in ends)
         slope = (last - first) / (size - 1) if size > 1 else 0.0
         table = first + slope * (ks - 1) + judged[f"verifier_{kind}"] * read
@@ -268,20 +268,6 @@ def spend_table(pool: Pool, num: int, *, scored: bool) -> Floats:
     spent = np.array(tables)
     spent[:, 0] = 0.0
     return spent
-
-
-def _read_share(pool: Pool, ks: np.ndarray) -> Floats:
-    """The share of the pool's distinct finished texts that k samples are expected to hold."""
-    size = len(pool.correct_N)
-    if not pool.copies:
-        return ks / size
-    which = np.bincount(pool.copies)
-    copies = np.flatnonzero(which)
-    which = which[copies]
-    drawn = np.arange(size)
-    missed = np.cumprod(np.maximum(size - copies[:, None] - drawn, 0) / (size - drawn), axis=1)
-    missed = np.concatenate([np.ones((len(copies), 1)), missed], axis=1)[:, ks]
-    return 1 - which @ missed / which.sum()
 
 
 def _rows_table(pool: Pool, num: int) -> Floats:

@@ -221,6 +221,20 @@ def distinct_at_k(num: int, copies: Sequence[int], ks: Sequence[int], most: int)
     return [most - float(short[k]) / math.comb(num, k) for k in ks]
 
 
+def seen_at_k(num: int, copies: ArrayLike, weights: ArrayLike, ks: ArrayLike) -> Floats:
+    """The share of all weight that is expected among k drawn samples, for each k; exact.
+
+    `copies`: how many of the `num` samples hold each thing, `weights`: what it counts; both of one shape.
+    """
+    copies, weights = np.asarray(copies, dtype=np.intp), np.asarray(weights, dtype=np.float64)
+    by_copies = np.bincount(copies, weights=weights, minlength=1)
+    some = np.flatnonzero(by_copies)
+    drawn = np.arange(num)
+    missed = np.cumprod(np.maximum(num - some[:, None] - drawn, 0) / (num - drawn), axis=1)
+    missed = np.concatenate([np.ones((len(some), 1)), missed], axis=1)[:, np.asarray(ks, dtype=np.intp)]
+    return 1 - by_copies[some] @ missed / by_copies.sum()
+
+
 def best_at_k(correct_N: Sequence[float], scores_N: Sequence[float | None], k: int) -> float:
     """Chance that the highest score among k drawn samples is a correct one; exact, ties broken at random.
 

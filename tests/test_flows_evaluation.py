@@ -385,17 +385,26 @@ def test_a_fit_leaves_no_engine_in_the_process_that_forks_afterwards(run, tmp_pa
 
 def test_the_report_is_drawn(run, tmp_path, capsys):
     run(Request((1, 4), "greedy,pass,majority,beam(width=2)"), noise=0.1, report=True)
-    (path,) = (tmp_path / "mine").glob("eval-*.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert f"report: {path}" in capsys.readouterr().err
+    (folder,) = (tmp_path / "mine").glob("eval-*")
+    assert (folder / "strategies.png").read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr().err
+    assert f"report: {folder / 'strategies.png'}" in told
+    assert f"report: {folder / 'optimal.html'}" in told
+    assert (folder / "optimal.html").read_text(encoding="utf-8").lower().lstrip().startswith("<!doctype html>")
+
+
+def test_too_few_problems_have_no_compute_optimal_report(run, tmp_path, capsys):
+    found = run(Request((1, 4), "majority,beam(width=2)"), noise=0.1, report=True, problems=10)
+    assert "optimal" not in found
+    assert "no compute-optimal report: it needs 20 problems" in capsys.readouterr().err
 
 
 def test_each_verifier_has_a_report_of_its_own(run, tmp_path):
     for noise in (None, 0.1, 0.2, 0.1):
         run(Request((4,), "majority"), noise=noise, report=True)
     start = f"eval-{tmp_path / 'model'}-validation".replace("/", "_")
-    names = sorted(path.name for path in (tmp_path / "mine").glob("eval-*.png"))
-    assert names == [f"{start}-oracle-0.1-0.png", f"{start}-oracle-0.2-0.png", f"{start}.png"]
+    names = sorted(path.name for path in (tmp_path / "mine").glob("eval-*"))
+    assert names == [start, f"{start}-oracle-0.1-0", f"{start}-oracle-0.2-0"]
 
 
 def test_a_look_at_the_test_set_is_counted_whatever_the_model(run, tmp_path):
