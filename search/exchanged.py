@@ -7,7 +7,6 @@ small model's FLOPs, also under v1, where the paper leaves it out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,15 +62,16 @@ def _within(values_L_P: Floats, flops_L_P: Floats, bins_P: Ints, allowed: float)
     return small_P
 
 
-def _compared(small_P: Floats, larger_P: Floats, inside: Sequence[bool] | np.ndarray) -> dict[str, Any]:
+def _compared(small_P: Floats, larger_P: Floats, inside: np.ndarray) -> dict[str, Any]:
+    """Paired by problem; one problem alone has no interval."""
     difference = stats.paired_difference(larger_P[inside], small_P[inside])
     return {
-        "n": int(np.sum(inside)),
+        "n": difference.n,
         "small": float(small_P[inside].mean()),
         "larger": float(larger_P[inside].mean()),
         "gain": difference.mean,
-        "low": difference.low,
-        "high": difference.high,
+        "low": difference.low if difference.n > 1 else None,
+        "high": difference.high if difference.n > 1 else None,
     }
 
 
