@@ -8,7 +8,6 @@ on problems they were not fitted on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +221,7 @@ def _worth(grid: Grid, rates_P: np.ndarray, config: Config) -> tuple[dict[str, A
         }
     ratios = _ratios(cells, rates_P, bins)
     metrics |= {f"table/saving_at_{r.budget:g}": (r.value, (r.high - r.low) / 3.29) for r in ratios}
-    return {"budgets": rows, "ratios": [asdict(ratio) for ratio in ratios]}, metrics
+    return {"budgets": rows, "ratios": [ratio.to_json() for ratio in ratios]}, metrics
 
 
 def _ratios(cells: Cells, rates_P: np.ndarray, bins: int) -> list[Ratio]:

@@ -21,6 +21,7 @@ from search.cells import Grid
 from search.optimal import (
     Cells,
     Curve,
+    Ratio,
     arm_curve,
     assess,
     at_mean,
@@ -78,10 +79,12 @@ def assessment(
     arms = _arm_sets(able)
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     ratios: list[dict[str, Any]] = []
+    adds: list[dict[str, Any]] = []
     for arm_set, names in arms.items():
         chosen = Cells(grid.only(names), actual=actual)
         prices = prices_of(chosen)
         curves[arm_set] = {}
+        by_kind: dict[str, list[Ratio]] = {}
         for kind, difficulty in everyone.items():
             bins_P = quantile_bins(difficulty.rates_P, bins)
             curve = assess(chosen, bins_P, by_price(prices), seed=seed, extra_flops_P=difficulty.flops)
@@ -97,6 +100,8 @@ def assessment(
                 seed=seed,
             )
             ratios += [{"arms": arm_set, "bins": kind, **_finite(ratio.to_json())} for ratio in found]
+            by_kind[kind] = found
+        adds += [{"arms": arm_set, **row} for row in _added(by_kind)]
     question = known.get("question") or known.get("verifier") or known["oracle"]
     asked_P = quantile_bins(question.rates_P, bins)
     levels = sorted({cell.budget for cell in able.cells})
@@ -109,11 +114,26 @@ def assessment(
         "fixed": {arm: _points(arm_curve(cells, arm)) for arm in dict.fromkeys([*arms["all"], *baselines])},
         "optimal": curves,
         "ratios": ratios,
+        "difficulty_adds": adds,
         "by_bin": _by_bin(grid, known, bins),
         "choices": _choices(able.only(arms["all"]), question, bins, levels),
         "across": _across(Cells(able, actual=actual), asked_P, levels, seed),
         "across_samples": _across_samples(able, asked_P, [arm for arm in BEST_OF_N if arm in arms["all"]], seed),
     }
+
+
+def _added(by_kind: Mapping[str, Sequence[Ratio]]) -> list[dict[str, Any]]:
+    """How many times more a choice saves by its bins than without any, paired over the same resamples (90 %)."""
+    rows: list[dict[str, Any]] = []
+    for kind, ratios in by_kind.items():
+        for ratio, none in zip(ratios, by_kind["none"], strict=True):
+            pairs = [(a, b) for a, b in zip(ratio.sampled_D, none.sampled_D, strict=True) if b > 0]
+            if kind == "none" or not pairs or not none.value:
+                continue
+            low, high = np.quantile([a / b for a, b in pairs], (0.05, 0.95)).tolist()
+            row = {"bins": kind, "budget": ratio.budget, "value": ratio.value / none.value, "low": low, "high": high}
+            rows.append(_finite(row))
+    return rows
 
 
 def _arm_sets(grid: Grid) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -314,6 +314,17 @@ def _ladder(grid: Grid, fit: Fit, b: int) -> tuple[Rung, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Against:
+    """One baseline at one budget: its accuracy, and how many times the choice's FLOPs it spends there."""
+
+    baseline: str
+    accuracy: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ratio:
     """How many times a choice's FLOPs the baseline spends for the same accuracy; 90 % interval over problems.
 
@@ -330,9 +341,12 @@ class Ratio:
     cheapest: float = math.nan  # the same against the baseline that reaches this accuracy with the fewest FLOPs
     cheapest_low: float = math.nan
     cheapest_baseline: str = ""
+    against: tuple[Against, ...] = ()  # every baseline at this budget
+    sampled_D: tuple[float, ...] = ()  # the value in each resample, to compare choices in pairs
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        row = {name: getattr(self, name) for name in self.__slots__ if name not in ("against", "sampled_D")}
+        return row | {"against": [asdict(one) for one in self.against]}
 
 
 Binning = Callable[[Floats | None], Ints]  # weights -> bins: quantiles are cut anew in each resample
@@ -358,43 +372,89 @@ def equal_accuracy(
     Raises DataError where a baseline was not measured at a budget.
     """
     chosen = cells if arms is None else Cells(cells.grid.only(arms))
-    prices = prices_of(chosen)
-    at: dict[float, list[tuple[str, int]]] = {}
-    for budget in budgets:
-        found = [(c.arm, i) for i, c in enumerate(cells.grid.cells) if c.arm in baselines and c.budget == budget]
-        if not found:
-            raise DataError(f"no baseline was measured at a budget of {budget:g}")
-        at[budget] = found
+    prices = by_price(prices_of(chosen))
+    at_N = [_baselines_at(cells, baselines, budget) for budget in budgets]
 
-    def ratios(weights: Floats | None, seed: object) -> list[tuple[str, float, float, str, float]]:
+    def measured(weights: Floats | None, seed: object) -> list[_Measured]:
+        bins_P = binning(weights)
         curve = assess(
-            chosen, binning(weights), by_price(prices), weights_P=weights, splits=splits, seed=seed,
-            extra_flops_P=extra_flops,
+            chosen, bins_P, prices, weights_P=weights, splits=splits, seed=seed, extra_flops_P=extra_flops
         )  # fmt: skip
-        w = np.ones(cells.num_problems) if weights is None else weights
         curves = {arm: arm_curve(cells, arm, weights_P=weights) for arm in baselines}
-        rows: list[tuple[str, float, float, str, float]] = []
-        for budget in budgets:
-            points = [
-                (float(cells.values_C_P[i] @ w / w.sum()), -float(cells.flops_C_P[i] @ w / w.sum()), arm)
-                for arm, i in at[budget]
-            ]
-            accuracy, cost, arm = max(points)
-            own = curve.flops_at(accuracy)
-            dear, other = min((c.flops_at(accuracy), name) for name, c in curves.items())
-            rows.append((arm, accuracy, -cost / own, other, dear / own))
-        return rows
+        return [_measure(cells, found, curve, curves, weights) for found in at_N]
 
-    whole = ratios(None, seed)
+    whole = measured(None, seed)
     rng = np.random.Generator(np.random.Philox(key64("optimal", "bootstrap", seed)))
-    samples = np.empty((draws, len(budgets), 2))
+    again: list[list[_Measured]] = []
     for draw in range(draws):
         weights = np.bincount(rng.integers(0, cells.num_problems, cells.num_problems), minlength=cells.num_problems)
-        again = ratios(weights.astype(np.float64), f"{seed}/{draw}")
-        samples[draw] = [(row[2], row[4]) for row in again]
+        again.append(measured(weights.astype(np.float64), f"{seed}/{draw}"))
     tail = (1 - confidence) / 2
-    low, high = (np.quantile(samples, q, axis=0) for q in (tail, 1 - tail))
-    return [
-        Ratio(budget, arm, accuracy, value, float(low[i, 0]), float(high[i, 0]), draws, cheap, float(low[i, 1]), other)
-        for i, (budget, (arm, accuracy, value, other, cheap)) in enumerate(zip(budgets, whole, strict=True))
+    return [_ratio(budget, whole[i], [one[i] for one in again], (tail, 1 - tail)) for i, budget in enumerate(budgets)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """At one budget on one set of weights. Every baseline's accuracy and ratio, and the two that matter."""
+
+    each: Mapping[str, tuple[float, float]]
+    strongest: str
+    cheapest: float
+    cheapest_baseline: str
+
+    @property
+    def accuracy(self) -> float:
+        return self.each[self.strongest][0]
+
+    @property
+    def value(self) -> float:
+        return self.each[self.strongest][1]
+
+
+def _baselines_at(cells: Cells, baselines: Sequence[str], budget: float) -> list[int]:
+    found = [i for i, c in enumerate(cells.grid.cells) if c.arm in baselines and c.budget == budget]
+    if not found:
+        raise DataError(f"no baseline was measured at a budget of {budget:g}")
+    return found
+
+
+def _measure(
+    cells: Cells, found: Sequence[int], curve: Curve, curves: Mapping[str, Curve], weights: Floats | None
+) -> _Measured:
+    w = np.ones(cells.num_problems) if weights is None else weights
+    points = [
+        (float(cells.values_C_P[i] @ w / w.sum()), -float(cells.flops_C_P[i] @ w / w.sum()), cells.grid.cells[i].arm)
+        for i in found
     ]
+    accuracy, _, strongest = max(points)
+    dear, other = min((c.flops_at(accuracy), name) for name, c in curves.items())
+    each = {arm: (reached, -cost / curve.flops_at(reached)) for reached, cost, arm in points}
+    return _Measured(each, strongest, dear / curve.flops_at(accuracy), other)
+
+
+def _ratio(budget: float, whole: _Measured, again: Sequence[_Measured], tails: tuple[float, float]) -> Ratio:
+    def interval(values: Sequence[float]) -> tuple[float, float]:
+        low, high = np.quantile(values, tails) if len(values) else (math.nan, math.nan)
+        return float(low), float(high)
+
+    against = [
+        Against(arm, reached, value, *interval([one.each[arm][1] for one in again]))
+        for arm, (reached, value) in whole.each.items()
+    ]
+    values = [one.value for one in again]
+    low, high = interval(values)
+    least, _ = interval([one.cheapest for one in again])
+    return Ratio(
+        budget,
+        whole.strongest,
+        whole.accuracy,
+        whole.value,
+        low,
+        high,
+        len(again),
+        whole.cheapest,
+        least,
+        whole.cheapest_baseline,
+        tuple(against),
+        tuple(values),
+    )
