@@ -207,7 +207,7 @@ def values_at(pool: Pool, rule: str, ks: Sequence[int], *, seed: object = 0) -> 
         return stats.majority_at_k(pool.correct_N, pool.answers_N, ks)
     scores_N = [s if a is not None else None for s, a in zip(pool.scores_N, pool.answers_N, strict=True)]
     if rule == "best_of_n":
-        return [stats.best_at_k(pool.correct_N, scores_N, k) for k in ks]
+        return stats.best_at_k(pool.correct_N, scores_N, ks)
     if rule == "best_of_n_weighted":
         return stats.weighted_at_k(pool.correct_N, pool.answers_N, scores_N, ks, seed=f"{seed}/{pool.key}")
     if rule == "sharpened":

@@ -235,26 +235,29 @@ def seen_at_k(num: int, copies: ArrayLike, weights: ArrayLike, ks: ArrayLike) ->
     return 1 - by_copies[some] @ missed / by_copies.sum()
 
 
-def best_at_k(correct_N: Sequence[float], scores_N: Sequence[float | None], k: int) -> float:
-    """Chance that the highest score among k drawn samples is a correct one; exact, ties broken at random.
+def best_at_k(correct_N: Sequence[float], scores_N: Sequence[float | None], ks: Sequence[int]) -> list[float]:
+    """Chance that the highest score among k drawn samples is a correct one, for each k; exact, ties broken at random.
 
     Of other values than True and False: what the chosen one's is on average, 0 counted where none can be chosen.
 
     A sample without a score (None or nan: no answer) keeps its place among the k but is never chosen.
     """
-    _check_k(len(correct_N), k)
     num = len(correct_N)
     groups: dict[float, list[float]] = {}
     for correct, score in zip(correct_N, scores_N, strict=True):
         if score is not None and not math.isnan(score):
             groups.setdefault(score, []).append(correct)
-    subsets, left, chance = _subsets(num, k), num, 0.0
-    for score in sorted(groups, reverse=True):
-        members = groups[score]
-        highest_here = subsets[left] - subsets[left - len(members)]
-        chance += highest_here / subsets[num] * (sum(members) / len(members))
-        left -= len(members)
-    return chance
+    ranked = [(len(groups[score]), sum(groups[score]) / len(groups[score])) for score in sorted(groups, reverse=True)]
+    chances: list[float] = []
+    for k in ks:
+        _check_k(num, k)
+        subsets, left, chance = _subsets(num, k), num, 0.0
+        for size, mean in ranked:
+            highest_here = subsets[left] - subsets[left - size]
+            chance += highest_here / subsets[num] * mean
+            left -= size
+        chances.append(chance)
+    return chances
 
 
 @functools.lru_cache(maxsize=256)
@@ -298,8 +301,7 @@ def _rest_of_vote(others: Sequence[int], num_silent: int, votes: int, degree: in
     free = num_silent + sum(size for size in others if size < votes)  # cannot reach `votes`: no restriction
     max_ties = min(len(rivals), degree // votes)
     t, weights = _quadrature(max_ties // 2 + 1)
-    start = np.array([math.comb(free, j) for j in range(degree + 1)], dtype=np.float64)
-    ways = np.tile(start, (len(t), 1))
+    ways = np.tile(_subsets_of(free, degree), (len(t), 1))
     for size in rivals:
         product = ways.copy()
         for j in range(1, min(votes, degree) + 1):
@@ -307,6 +309,12 @@ def _rest_of_vote(others: Sequence[int], num_silent: int, votes: int, degree: in
             product[:, j:] += factor * ways[:, : degree + 1 - j]
         ways = product
     return weights @ ways
+
+
+@functools.lru_cache(maxsize=4096)
+def _subsets_of(num: int, most: int) -> Floats:
+    """How many subsets of k of n samples there are, for k = 0..most."""
+    return np.array([math.comb(num, k) for k in range(most + 1)], dtype=np.float64)
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def test_best_by_score_equals_enumeration(samples):
             scored = [(s, c) for c, s in subset if s is not None]
             top = [c for s, c in scored if s == max(scored)[0]]
             total += sum(top) / len(top) if top else 0.0
-        got = stats.best_at_k([c for c, _ in samples], [s for _, s in samples], k)
+        (got,) = stats.best_at_k([c for c, _ in samples], [s for _, s in samples], [k])
         assert got == pytest.approx(total / len(subsets))
 
 

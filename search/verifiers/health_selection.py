@@ -104,7 +104,7 @@ def _selected_scores(pool: Pool, rule: str, ks: Sequence[int], seed: object) -> 
     expected: list[list[float]] = []
     for of_N in (worth_N, [1.0] * len(worth_N)):
         if rule == "best_of_n":
-            expected.append([stats.best_at_k(of_N, scores_N, k) for k in ks])
+            expected.append(stats.best_at_k(of_N, scores_N, ks))
         else:
             expected.append(stats.weighted_at_k(of_N, pool.answers_N, scores_N, ks, seed=f"{seed}/{pool.key}"))
     return [score / chance if chance else math.nan for score, chance in zip(*expected, strict=True)]
