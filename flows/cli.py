@@ -178,6 +178,10 @@ def eval_command(
         from flows import eval_table
 
         eval_table.show(found)
+        if "optimal" in found:
+            from flows import optimal_report
+
+            optimal_report.show(found["optimal"])
 
 
 @app.command()

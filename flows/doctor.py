@@ -175,7 +175,7 @@ def _search(parsed: Config) -> Iterator[Finding]:
     from search.errors import RatchetError
 
     try:
-        name = searching.round_plan(parsed).name
+        name = searching.named(parsed)
         searching.check(parsed)
         yield Finding("ok", "search", name)
     except RatchetError as error:

@@ -55,11 +55,13 @@ def write(
     scored: bool,
     seed: object,
     larger: Sequence[SearchResult] | None = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report in `out`; what `ratchet eval` adds to its document, empty where there is too little to choose from.
 
     `pools`: the samples that are measured; `others`: disjoint ones of the same problems. `rates`, `flops`: predicted
     from the question, and what that costs. `larger`: the greedy answers of a larger model, for the exchange.
+    `made_of`: fingerprints of policy and verifier.
     """
     from flows import optimal_report
 
@@ -84,6 +86,7 @@ def write(
         "problems": len(grid.keys),
         "known": {name: {"spearman": stats.spearman(d.rates_P, oracle), "flops": d.flops} for name, d in known.items()},
         "table": table.to_json() if table else None,
+        **(made_of or {}),
     }
     if rates:
         document["sequential"] = _sequential(pools, others, rates, grid, scored=scored)

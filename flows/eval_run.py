@@ -122,12 +122,11 @@ def run_cells(config: Config, inputs: Mapping[str, Path], progress: Progress) ->
 def _rates(config: Config, inputs: Mapping[str, Path], problems: Sequence[Problem]) -> Rates:
     """Predicted pass rates, in a process of its own: nothing of the model stays here before others are forked."""
     (found,) = fork_map(
-        lambda index, tell: predict_rates(config, inputs, problems), 1, lambda index, row: None, fork=True
+        lambda index, tell: asdict(predict_rates(config, inputs, problems)), 1, lambda index, row: None, fork=True
     )
-    rates, why = found
-    if not rates:
-        print(f"every question gets the same: {why}", file=sys.stderr)
-    return rates
+    if not found["rates"]:
+        print(f"every question gets the same: {found['why']}", file=sys.stderr)
+    return found["rates"]
 
 
 def is_optimal(cell: Cell) -> bool:

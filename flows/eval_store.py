@@ -138,6 +138,11 @@ class Store:
         self._fit = {"fitted_on": _hash_problems(fit), "grid": list(GRID)}
         self._choosing = choosing
 
+    @property
+    def model(self) -> str:
+        """The policy's fingerprint."""
+        return self._identity["model"]
+
     def search(self, spec: Spec, budget: Budget, fingerprint: str | None) -> Cell:
         """A strategy's own search. `fingerprint` of the verifier that it asks; None: it asks none."""
         bare = Spec(spec.name, spec.options)

@@ -56,9 +56,10 @@ REPORTED_STEPS = (
     "beam(width=4)",
     "lookahead(width=2)",
     "dvts(width=2)",
+    "rebase",
     "step_rejection(draws=4)",
     "step_rejection(draws=16, greedy=true)",
-    "step_rejection(draws=4, greedy=true, restart=true)",
+    "step_rejection(draws=16, greedy=true, trust=0.95, give_up=true)",
 )
 BIN_SAMPLES = 32  # with --report: more independent samples, which tell difficulty apart from what is measured
 RULE_OF_VOTE = {
@@ -160,6 +161,7 @@ def evaluate_model(
             scored=searches.scored,
             seed=config.loop.seed,
             larger=greedy,
+            made_of={"policy": store.model, "verifier": asked if searches.scored else None},
         )
     return found
 

@@ -16,9 +16,10 @@ from typing import Any
 from configs.schema import Config
 from flows.driver import gate_set, read_metrics, wall_s
 from flows.folders import read_json
-from flows.searching import check, round_plan, uses_verifier
+from flows.searching import check, named, uses_verifier, verifier_facts
 from flows.stages import overlapping
 from flows.state import Loop, LoopState
+from flows.tables import measurable
 from search.errors import DataError
 from search.sets import Outcome, draw_sets, read_outcomes, take_slice, without_alike
 from search.stats import minimum_detectable_effect
@@ -55,7 +56,7 @@ def make_plan(config: Config, runs_dir: Path) -> dict[str, Any]:
         "champion": state.champion.round if state.champion else None,
         "first_trains_base": state.champion is None,
         "problems": problems,
-        "search": round_plan(config).name,
+        "search": named(config),
         "samples": samples,
         "tokens": tokens,
         "mean_answer_tokens": round(length, 1),
@@ -82,6 +83,9 @@ def _samples(config: Config, sizes: Mapping[str, int]) -> dict[str, int]:
     samples = {"baseline": gate, "search": search, "evaluate": gate + test, "difficulty": difficulty}
     if config.verifier.type == "trained" and config.answer_labels:
         samples["verifier"] = min(config.verifier.problems, sizes["labels"]) * config.verifier.samples
+    if config.table.enabled:
+        searched = [b.amount for spec, b in measurable(config, verifier_facts(config)) if not spec.entry.pool]
+        samples["table"] = min(config.table.problems, sizes["validation"]) * int(sum(searched))
     if config.revision.enabled:
         samples["reviser"] = min(config.revision.problems, sizes["labels"]) * config.revision.samples
     return samples

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from difficulty.probe import Probe, estimator
+from difficulty.predictor import estimator, load
+from difficulty.prompts import Prompts
 from flows.stages import Context, Inputs, write_json
 from search.engines import load_engine
 from search.engines.reference import policy_path
@@ -19,34 +21,46 @@ from search.types import Engine, Problem
 Rates = dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Pass rates by key; none, with the reason, where there is no usable predictor: all questions are then alike.
+
+    `flops`: what one prediction costs beside the prompt's prefill, which the search needs anyway.
+    """
+
+    rates: Rates
+    why: str = "predicted"
+    flops: float = 0.0
+
+
 def predict_rates(
     config: Config, inputs: Mapping[str, Path], problems: Sequence[Problem], engine: Engine | None = None
-) -> tuple[Rates, str]:
-    """Pass rates by key with the policy and the predictor of a stage's inputs; empty, with the reason, where there is
-    no usable predictor: all questions are then treated alike. `engine`: one that has the policy loaded.
+) -> Predicted:
+    """With the policy and the predictor of a stage's inputs. `engine`: one that has the policy loaded.
 
     Raises ModelError for a folder that holds no predictor, DataError for one of another policy.
     """
     if "difficulty" not in inputs:
-        return {}, "there is no difficulty predictor"
-    probe = Probe.load(inputs["difficulty"])
-    if not probe.usable:
-        return {}, f"the difficulty predictor is not usable: {probe.why}"
-    task = load_task(config)
+        return Predicted({}, "there is no difficulty predictor")
+    predictor = load(inputs["difficulty"])
+    if not predictor.usable:
+        return Predicted({}, f"the difficulty predictor is not usable: {predictor.why}")
+    task, policy = load_task(config), policy_path(inputs["policy"])
     own = engine is None or not engine.capabilities.hidden_states
-    states: Any = load_engine(config, policy_path(inputs["policy"]), task, hidden_states=True) if own else engine
+    shown: Any = load_engine(config, policy, task, hidden_states=True) if own else engine
+
     try:
-        prompts = [tuple(prompt_ids(task, states.tokenizer, problem)) for problem in problems]
-        rates = estimator(probe, lambda _: states.hidden_states(prompts))(problems)
+        ids_P = [tuple(prompt_ids(task, shown.tokenizer, problem)) for problem in problems]
+        prompts = Prompts(ids_P, shown, policy=policy, model=config.model)
+        rates = estimator(predictor, lambda _: prompts)(problems)
     finally:
         if own:
-            states.close()
-    return {problem.key: float(rate) for problem, rate in zip(problems, rates, strict=True)}, "predicted"
+            shown.close()
+    flops = sum(predictor.flops(len(ids)) for ids in ids_P) / max(1, len(ids_P))
+    return Predicted({problem.key: float(rate) for problem, rate in zip(problems, rates, strict=True)}, flops=flops)
 
 
 def rate(context: Context, inputs: Inputs, out: Path) -> None:
     """The stage: rates.json for the problems of an evaluation."""
     problems = read_problems(inputs["problems"] / "problems.jsonl")
-    rates, why = predict_rates(context.config, inputs, problems)
-    flops = 2.0 * Probe.load(inputs["difficulty"]).model.weight_F.size
-    write_json(out / "rates.json", {"rates": rates, "why": why, "flops": flops})
+    write_json(out / "rates.json", asdict(predict_rates(context.config, inputs, problems)))

@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.schema import Config
 from flows.stages import Context, Inputs, Job, run_jobs, write_json, write_metrics
+from flows.tables import load_tables, measurable
 from search import answers
 from search.answers import Rule
 from search.choosing import arm_flops, choose_together
@@ -45,14 +46,20 @@ def check(config: Config) -> None:
     else:
         round_plan(config)
     if config.table.enabled:
-        from flows.tabling import measurable
-
-        measurable(config, _facts(config))
+        measurable(config, verifier_facts(config))
     if config.engine.type == "server":
         raise ConfigError(
             "engine.type = 'server' serves one policy, and a round makes new ones: run rounds on engine.type = "
             "'transformers' or 'vllm'; `ratchet eval` and `ratchet solve` work with a server"
         )
+
+
+def named(config: Config) -> str:
+    """What a round runs, in a few words. Raises ConfigError, BudgetError."""
+    if uses_table(config):
+        left = _beside_plain(config, parse(config.search.strategy))
+        return f"plain({config.search.probe_samples}) + the table's choice for the FLOPs of {left} samples"
+    return round_plan(config).name
 
 
 def round_plan(config: Config) -> Plan:
@@ -63,7 +70,7 @@ def round_plan(config: Config) -> Plan:
         return _pool_plan(config, spec, budget)
     left = _beside_plain(config, spec)
     try:
-        inner = spec.plan(replace(budget, amount=left), _facts(config))
+        inner = spec.plan(replace(budget, amount=left), verifier_facts(config))
     except BudgetError as error:
         raise BudgetError(
             f"search.strategy = '{spec.text}' has {left} of search.samples = {settings.samples}, "
@@ -102,7 +109,7 @@ def _pool_plan(config: Config, spec: Spec, budget: Budget) -> Plan:
     if _takes_gold(spec):
         rule = answers.majority
     else:
-        spec.plan(budget, _facts(config))  # raises where it needs a verifier
+        spec.plan(budget, verifier_facts(config))  # raises where it needs a verifier
     name = f"{spec.name}({num})"
     return Plan(name, _strategy(spec), Budget("samples", num), gold_or(rule), _asks(spec))
 
@@ -111,7 +118,7 @@ def _strategy(spec: Spec) -> Any:
     return functools.partial(spec.entry.function, **spec.options)
 
 
-def _facts(config: Config) -> VerifierFacts | None:
+def verifier_facts(config: Config) -> VerifierFacts | None:
     """What is known of the verifier before it is loaded: whether there is one, and whether it scores steps."""
     settings = config.verifier
     return None if settings.type == "none" else VerifierFacts("", 0, process=settings.scores_steps)
@@ -211,14 +218,18 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
 def _chosen(config: Config, inputs: Inputs, problems: Sequence[Problem], out: Path) -> Callable[[Problem], Plan]:
     """What the table of the champion chooses for each problem, at the FLOPs of best-of-N. chosen.json says what."""
     from flows.rating import predict_rates
-    from flows.tables import load_tables
 
     table = load_tables(inputs["table"])["rows"]
     left = _beside_plain(config, parse(config.search.strategy))
-    rates, why = predict_rates(config, inputs, problems)
+    found = predict_rates(config, inputs, problems)
     each = arm_flops(table, "pass", left)
-    chooser = choose_together(table, rates, each, _facts(config))
-    chosen = {"difficulty": why, "predicted": len(rates), "mean_flops": each, "strategies": chooser.counts(problems)}
+    chooser = choose_together(table, found.rates, each, verifier_facts(config))
+    chosen = {
+        "difficulty": found.why,
+        "predicted": len(found.rates),
+        "mean_flops": each,
+        "strategies": chooser.counts(problems),
+    }
     write_json(out / "chosen.json", chosen)
     return lambda problem: _after_plain(config, chooser(problem))
 

@@ -224,11 +224,17 @@ def _by_table(
 ) -> tuple[Plan, dict[str, Any]]:
     """What the table chooses for this question, and why. Raises BudgetError."""
     table = load_tables(inputs["table"])["answer"]
-    rates, why = predict_rates(config, inputs, [problem], engine)
+    predicted = predict_rates(config, inputs, [problem], engine)
+    rates = predicted.rates
     facts = verifier.facts if verifier else None
     chooser = choose_each(table, rates, asked.budget or config.search.samples, facts)
     rung = chooser.rung(problem)
-    said = {"rate": rates.get(problem.key), "bin": chooser.bin_of(problem), "bins": table.num_bins, "why": why}
+    said = {
+        "rate": rates.get(problem.key),
+        "bin": chooser.bin_of(problem),
+        "bins": table.num_bins,
+        "why": predicted.why,
+    }
     return chooser(problem), said | {"strategy": rung.name, "value": rung.value}
 
 

@@ -18,18 +18,18 @@ from flows.chosen import load_chosen_verifier
 from flows.eval_run import score
 from flows.rating import predict_rates
 from flows.stages import Context, Inputs, Job, run_jobs, write_json, write_metrics
-from flows.tables import FILES
+from flows.tables import FILES, measurable
 from search import optimal, stats
 from search.cells import Cell, Grid, pool_cells, read_pools, searched_cell
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
-from search.errors import BudgetError, ConfigError, DataError
+from search.errors import DataError
 from search.optimal import Cells, Ratio
 from search.parallel import Report, fork_map
 from search.policy import Sampler
 from search.results import read_results, write_results
 from search.sets import read_problems
-from search.strategies import Spec, parse
+from search.strategies import Spec
 from search.table import StrategyTable
 from search.tasks import load_task
 from search.types import Budget, Problem, Spend, VerifierFacts
@@ -52,8 +52,8 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
     metrics: dict[str, float | tuple[float, float]] = {}
     try:
         grid = _grid(context, out, arms, problems)
-        rates, why = predict_rates(config, inputs, problems)
-        known = [rates.get(key, 0.0) for key in grid.keys]  # without a predictor all alike: one bin
+        predicted = predict_rates(config, inputs, problems)
+        known = [predicted.rates.get(key, 0.0) for key in grid.keys]  # without a predictor all alike: one bin
         made_of = _made_of(context, inputs, facts, grid)
         for objective, name in FILES.items():
             fitted = optimal.fit_table(
@@ -66,7 +66,7 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
             fitted.save(out / name)
             report[objective] = described(fitted, config.table.budgets)
         worth, metrics = _worth(_answering(grid), np.array(known), config)
-        report |= {"usable": True, "difficulty": why, "cells": _rows(grid), "worth": worth}
+        report |= {"usable": True, "difficulty": predicted.why, "cells": _rows(grid), "worth": worth}
     except DataError as error:
         report |= {"usable": False, "reason": str(error)}
     write_json(out / "report.json", report)
@@ -75,27 +75,6 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
 
 
 # ---------------------------------------------------------------- what is measured
-
-
-def measurable(config: Config, facts: VerifierFacts | None) -> list[tuple[Spec, Budget]]:
-    """Every strategy at every budget that can buy it, with the verifier that there is; greedy once.
-
-    Raises ConfigError where a strategy's name or options are wrong, or nothing is left.
-    """
-    found: list[tuple[Spec, Budget]] = []
-    for text in config.table.strategies:
-        spec = parse(text)
-        for amount in (1,) if spec.name == "greedy" else config.table.budgets:
-            if (spec.needs and facts is None) or (spec.needs == "process" and facts and not facts.process):
-                continue
-            try:
-                spec.plan(Budget("samples", amount), facts)
-            except BudgetError:
-                continue
-            found.append((spec, Budget("samples", amount)))
-    if not any(spec.name != "pass" for spec, _ in found):
-        raise ConfigError("table.strategies holds nothing that can be run here: add majority, or give a verifier")
-    return found
 
 
 def _pooled(spec: Spec) -> bool:
