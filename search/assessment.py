@@ -73,10 +73,11 @@ def assessment(
     """
     cells = Cells(grid, actual=actual)
     num = len(grid.keys)
-    free = {"random": Difficulty(random_bins(num, bins, seed=seed) / -1.0), "none": Difficulty(np.zeros(num))}
+    ranks_P = random_bins(num, num, seed=seed).astype(np.float64)  # no ties: bins of equal size in every resample
+    free = {"random": Difficulty(ranks_P), "none": Difficulty(np.zeros(num))}
     everyone = {name: d for name, d in {**known, **free}.items() if name in KINDS}
-    able = grid.only(choosable) if choosable is not None else grid
-    arms = _arm_sets(able)
+    arms = _arm_sets(grid.only(choosable) if choosable is not None else grid)
+    able = grid.only(arms["all"])
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     ratios: list[dict[str, Any]] = []
     adds: list[dict[str, Any]] = []
@@ -116,9 +117,14 @@ def assessment(
         "ratios": ratios,
         "difficulty_adds": adds,
         "by_bin": _by_bin(grid, known, bins),
-        "choices": _choices(able.only(arms["all"]), question, bins, levels),
+        "choices": _choices(able, question, bins, levels),
         "across": _across(Cells(able, actual=actual), asked_P, levels, seed),
-        "across_samples": _across_samples(able, asked_P, [arm for arm in BEST_OF_N if arm in arms["all"]], seed),
+        "across_samples": [
+            row
+            for arm in BEST_OF_N
+            if arm in arms["all"]
+            for row in _across_samples(Cells(able.only([arm]), actual=actual), asked_P, seed)
+        ],
     }
 
 
@@ -199,16 +205,14 @@ def _across(cells: Cells, bins_P: np.ndarray, levels: Sequence[float], seed: obj
     return [row for row in rows if "gain" in row]
 
 
-def _across_samples(grid: Grid, bins_P: np.ndarray, arms: Sequence[str], seed: object) -> list[dict[str, Any]]:
+def _across_samples(cells: Cells, bins_P: np.ndarray, seed: object) -> list[dict[str, Any]]:
     """The same for one strategy alone, of which hard questions get more samples (Damani et al. 2024)."""
-    rows: list[dict[str, Any]] = []
-    for arm in arms:
-        cells = Cells(grid.only([arm]))
-        values_L_P, flops_L_P = outcomes(cells, bins_P, by_price(prices_of(cells, 200)), seed=seed)
-        for cell in cells.grid.cells:
-            shared = _shared(values_L_P, flops_L_P, cell.solved_P, cell.flops_P)
-            rows += [{"arm": arm, "budget": cell.budget} | shared] if "gain" in shared else []
-    return rows
+    values_L_P, flops_L_P = outcomes(cells, bins_P, by_price(prices_of(cells, 200)), seed=seed)
+    rows = [
+        {"arm": cell.arm, "budget": cell.budget} | _shared(values_L_P, flops_L_P, same_P, spent_P)
+        for cell, same_P, spent_P in zip(cells.grid.cells, cells.values_C_P, cells.flops_C_P, strict=True)
+    ]
+    return [row for row in rows if "gain" in row]
 
 
 def _shared(values_L_P: Floats, flops_L_P: Floats, same_P: Floats, spent_P: Floats) -> dict[str, Any]:
