@@ -170,7 +170,13 @@ def eval_command(
             raise typer.BadParameter("--pool needs --task: which task grades the answers, for example --task math")
         found = module.evaluate_pool(pool, task, chosen, report=report)
     else:
-        parsed, _, _ = _config(config, overrides, runs_dir)
+        parsed, name, given = _config(config, overrides, runs_dir)
+        own = parsed.model.base in ("bootstrap", "scripted")
+        if model == "base" and own and not (runs_dir / parsed.loop.name / "champion").exists():
+            from flows.session import Session
+
+            typer.echo(f"loop {parsed.loop.name} has no base yet: round 0 makes it, with its verifier", err=True)
+            Session(parsed, name, given, runs_dir, prefect="off", as_json=False).base()
         found = module.evaluate_model(parsed, runs_dir, model, split, problems, chosen, report=report, larger=larger)
     if as_json:
         _print_json(found)

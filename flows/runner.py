@@ -28,6 +28,7 @@ class Options:
     control: str | None = None  # "random" or "bootstrap": a control of the last finished round
     abandon: bool = False  # give up the unfinished round
     verify: bool = False  # check every hash of the champion first
+    base_only: bool = False  # round 0, and no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ def improve(
         if loop.state.champion is None:
             folder = driver.resume_or_begin(loop, config, kind="round", round_number=0)
             records.append(_run(loop, folder, observer, run, call, driver.run_base))
+        if options.base_only:
+            return Outcome(loop.path, tuple(records))
         if options.control:
             folder = _control_folder(loop, config, options.control)
             records.append(_run(loop, folder, observer, run, call, driver.run_control))

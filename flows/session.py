@@ -85,6 +85,12 @@ class Session:
         self._close(outcome)
         return outcome.last
 
+    def base(self) -> None:
+        """Round 0 alone, where there is none yet, without Prefect: what an evaluation of the base needs."""
+        check(self.config)
+        with self._around() as run:
+            run(Options(self.runs_dir, base_only=True))
+
     def loop(self, rounds: int | None, *, until_flat: bool) -> None:
         """Rounds until the loop has `rounds` of them (default: as configured), or until a gain is not significant."""
         check(self.config)
