@@ -7,13 +7,13 @@ import json
 import pytest
 
 from search import answers
-from search.errors import EngineError
+from search.errors import BudgetError, EngineError
 from search.policy import Sampler
 from search.randomness import key64
 from search.results import read_partial, read_results, write_unfinished
 from search.run import grade, run_shards, search
 from search.strategies import parse
-from search.types import Budget, Candidate, Finish, Grade, Graded, Problem, SearchResult, Spend
+from search.types import Budget, Candidate, Finish, Grade, Graded, ModelFacts, Problem, SearchResult, Spend
 from tests.scripted_search import (
     ChainTask,
     LineTask,
@@ -73,6 +73,50 @@ def test_results_are_the_same_alone_together_and_told_one_by_one(strategy):
     run_all(strategy, 4, chain_engine(0.8), PROBLEMS, judge(), task=TASK, on_result=told.append)
     assert together == alone
     assert sorted(told, key=lambda r: PROBLEMS.index(r.problem)) == together
+
+
+MIXED = ["greedy", "majority", "beam(width=2)", "best_of_n_weighted"]
+
+
+def mixed(problem):
+    """A plan for each problem: another strategy, and 2 or 4 samples."""
+    number = PROBLEMS.index(problem)
+    return plan(MIXED[number % len(MIXED)], 2 + number % 2 * 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_problem_may_have_a_plan_of_its_own(streaming):
+    """Searched together they come out as each alone under its plan; who needs no scores pays no verifier."""
+    engine = ShuffledStream(chain_engine(0.8), 3) if streaming else chain_engine(0.8)
+    together = search(PROBLEMS, mixed, sampler_of(engine, TASK, max_new_tokens=40), judge())
+    for problem, result in zip(PROBLEMS, together, strict=True):
+        sampler = sampler_of(chain_engine(0.8), TASK, max_new_tokens=40)
+        assert [result] == search([problem], mixed(problem), sampler, judge())
+        assert result.strategy == mixed(problem).name
+        assert (result.spend.verifier_tokens > 0) == (mixed(problem).scored)
+    assert {result.strategy for result in together} == {mixed(p).name for p in PROBLEMS}
+
+
+def test_a_plan_that_a_problem_cannot_have_ends_the_search_before_anything_is_spent():
+    engine = chain_engine(0.8)
+    engine.facts = ModelFacts("unknown size", 0, 4096)
+
+    def in_flops(problem):
+        return plan_of(parse("majority").plan(Budget("samples", 2)).strategy, 1e6, unit="flops")
+
+    with pytest.raises(BudgetError, match=r"set engine\.flops_parameters"):
+        search(PROBLEMS, lambda p: in_flops(p) if p is PROBLEMS[7] else plan("majority"), sampler_of(engine, TASK))
+    assert not engine.log
+
+
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_plans_of_their_own_do_not_depend_on_the_shards(tmp_path, size):
+    sampler = sampler_of(chain_engine(0.8), TASK, max_new_tokens=40)
+    spend = run_shards(PROBLEMS, mixed, sampler, tmp_path / "own", shard_problems=size, verifier=judge())
+    found = list(read_results(tmp_path / "own"))
+    whole = search(PROBLEMS, mixed, sampler_of(chain_engine(0.8), TASK, max_new_tokens=40), judge())
+    assert [result.to_json() for result in found] == [result.to_json() for result in whole]
+    assert spend == sum((result.spend for result in found), Spend())
 
 
 def test_each_result_is_told_as_soon_as_its_problem_is_done():
