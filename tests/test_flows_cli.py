@@ -82,6 +82,25 @@ def test_eval_reports_accuracy_against_budget(loop):
     assert rows["pass", 4]["spend"]["generated_tokens"] > rows["pass", 1]["spend"]["generated_tokens"]
 
 
+def test_one_command_reports_the_compute_optimal_choice_on_a_base_that_it_makes(tmp_path):
+    strategies = "greedy,pass,majority,adaptive_majority"
+    more = ["--set", "table.enabled=true", "--set", f"table.strategies={json.dumps(strategies.split(','))}"]
+    asked = ["--model", "base", "--report", "--problems", "40", "--strategies", strategies, "--budgets", "1,2,4,8"]
+    done = ratchet("eval", "smoke", *SETS, *more, *asked, cwd=tmp_path)
+    assert "round 0 makes it" in done.stderr
+    assert "✓ table" in done.stderr
+    (page,) = (tmp_path / "runs" / "smoke").glob("eval-base-validation*/optimal.html")
+    assert f"report: {page.relative_to(tmp_path)}" in done.stderr.replace(str(tmp_path) + "/", "")
+    found = json.loads(ratchet("eval", "smoke", *SETS, *more, *asked, "--json", cwd=tmp_path).stdout)
+    assert {row["bins"] for row in found["optimal"]["ratios"]} >= {"oracle", "random", "none"}
+    assert not (tmp_path / "runs" / "smoke" / "round-001").exists()
+
+
+def test_a_larger_model_belongs_to_a_report(tmp_path):
+    done = ratchet("eval", "smoke", "--larger", "somewhere", cwd=tmp_path, check=2)
+    assert "--report" in done.stderr
+
+
 def test_eval_of_a_file_uses_the_problems_held_out_in_round_0(tmp_path):
     from configs import load
     from flows.evaluation import _problems
