@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difficulty.calibration import Platt, fit_platt
-from search.randomness import key64
+from difficulty.held_out import NUM_FOLDS, best, fold_of_each, honest_rates, squared_errors
 
 Floats = NDArray[np.float64]
 PENALTIES = (0.002, 0.01, 0.05, 0.25, 1.0, 5.0)  # against 1, the variance of a standardised feature
-NUM_FOLDS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,48 +55,20 @@ def fit_best(
 
     A representation is given as a callable that makes its features [P, F], so that one is held at a time.
     """
-    folds = _folds(len(rates_P), seed)
+    folds = fold_of_each(len(rates_P), seed)
     weights = weights_P / weights_P.mean()
-    scores = {n: _out_of_fold(_standardise(m())[0], rates_P, weights, folds) for n, m in representations.items()}
-    name, index = _choose(scores, rates_P, weights)
-    platt = fit_platt(scores[name][index], rates_P, weights)
+    names = list(representations)
+    scores = np.concatenate(
+        [_out_of_fold(_standardise(m())[0], rates_P, weights, folds) for m in representations.values()]
+    )
+    errors = squared_errors(scores, rates_P)
+    chosen = best(errors, weights)
+    name, penalty = names[chosen // len(PENALTIES)], PENALTIES[chosen % len(PENALTIES)]
+    platt = fit_platt(scores[chosen], rates_P, weights)
     features, mean, scale = _standardise(representations[name]())
-    weight_A_F, bias_A = _ridge(features, rates_P, weights, (PENALTIES[index],))
+    weight_A_F, bias_A = _ridge(features, rates_P, weights, (penalty,))
     model = Linear(mean, scale, weight_A_F[0], float(bias_A[0]), platt)
-    return Fitted(name, PENALTIES[index], model, _honest_rates(scores, rates_P, weights, folds))
-
-
-def _choose(scores: Mapping[str, Floats], rates_P: Floats, weights_P: Floats) -> tuple[str, int]:
-    """Representation and index of the penalty with the least weighted squared error."""
-    errors = {n: ((scores_A_P - rates_P) ** 2 * weights_P).mean(axis=1) for n, scores_A_P in scores.items()}
-    name = min(errors, key=lambda n: float(errors[n].min()))
-    return name, int(errors[name].argmin())
-
-
-def _honest_rates(
-    scores: Mapping[str, Floats], rates_P: Floats, weights_P: Floats, folds_P: NDArray[np.intp]
-) -> Floats:
-    """Calibrated predictions [P] by weights that a problem's own label had no say in.
-
-    Choosing among dozens of models by the very errors that are then reported makes noise look like a signal, so each
-    fold uses the choice and the calibration of the other folds' errors. (The models behind those errors did see this
-    fold's labels; a fully nested validation would cost five times as much.)
-    """
-    honest = np.empty(len(rates_P))
-    for fold in range(NUM_FOLDS):
-        held, rest = folds_P == fold, folds_P != fold
-        name, index = _choose({n: s[:, rest] for n, s in scores.items()}, rates_P[rest], weights_P[rest])
-        chosen = scores[name][index]
-        honest[held] = fit_platt(chosen[rest], rates_P[rest], weights_P[rest])(chosen[held])
-    return honest
-
-
-def _folds(num: int, seed: object) -> NDArray[np.intp]:
-    """The fold of each problem, shape [P]."""
-    order = np.random.Generator(np.random.Philox(key64("difficulty", "folds", seed))).permutation(num)
-    folds = np.empty(num, dtype=np.intp)
-    folds[order] = np.arange(num) % NUM_FOLDS
-    return folds
+    return Fitted(name, penalty, model, honest_rates(scores, errors, rates_P, weights, folds))
 
 
 def _standardise(features_P_F: Floats) -> tuple[Floats, Floats, Floats]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import load
+from difficulty import predictor
 from flows import predicting, stages
 from flows.predicting import difficulty
 from flows.stages import Context
@@ -74,5 +75,5 @@ def test_states_come_from_transformers_where_the_engine_has_none(settings, tiny_
     difficulty(context, {"problems": sets, "policy": tiny_chat_model}, out)
     assert len(drawn) == 1
     assert [type(engine) for engine in states] == [TransformersEngine]
-    assert (out / "probe.safetensors").exists()
+    assert predictor.load(out).policy == states[0].facts.fingerprint
     assert json.loads((out / "report.json").read_text())["usable"] in (True, False)
