@@ -338,7 +338,7 @@ class DyingStream(Dying):
     def collect(self, until: Collection[Future[Any]] = ()) -> list[Answer]:
         if self.left <= 0:
             raise EngineError("the engine died")
-        answers = self.engine.collect(until)
+        answers = self.engine.collect(until)[: self.left]  # of a lump too large the rest is gone, too
         self.left -= len(answers)
         self.num_answered += len(answers)
         return answers
