@@ -672,8 +672,15 @@ class Table(Section):
     enabled: bool = False
     problems: PositiveInt = Field(default=300, description="validation problems on which strategies are measured")
     strategies: tuple[str, ...] = Field(
-        default=("greedy", "pass", "majority", "best_of_n", "best_of_n_weighted", "beam(width=4)")
-        + ("step_rejection(draws=16, greedy=true, trust=0.95, give_up=true)",),
+        default=(
+            "greedy",
+            "pass",
+            "majority",
+            "best_of_n",
+            "best_of_n_weighted",
+            "beam(width=4)",
+            "step_rejection(draws=16, greedy=true, trust=0.95, give_up=true)",
+        ),
         description="what may be chosen; those that need a verifier, or steps scored, are left out where there is none",
     )
     budgets: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8, 16), description="samples each is measured with")
