@@ -122,8 +122,11 @@ def _note(name: str, m: dict[str, float]) -> str:
             case "search":
                 lost = [("failed", "failed"), ("left unfinished by search.max_tokens", "unfinished")]
                 found = [f"{m['search/solved']:g} of {m['search/problems']:g} problems solved"]
-                if m.get("search/unverified"):
-                    found.append("by plain samples, the champion has no usable verifier")
+                parts = (("verifier", "unverified"), ("StrategyTable", "untabled"))
+                if lacking := [part for part, k in parts if m.get(f"search/{k}")]:
+                    found.append(f"by plain samples, the champion has no usable {' and no '.join(lacking)}")
+                if m.get("search/predicted") == 0:
+                    found.append("all questions alike, without a usable difficulty predictor")
                 return "; ".join(found + [f"{n:g} {why}" for why, k in lost if (n := m.get(f"search/{k}"))])
             case "select":
                 return f"{m['data/rows']:g} rows, {m['data/distinct_solutions']:g} distinct solutions"

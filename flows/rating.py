@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.schema import Config
 from difficulty.predictor import estimator, load
 from difficulty.prompts import Prompts
+from difficulty.report import check_rates
 from flows.stages import Context, Inputs, write_json
 from search.engines import load_engine
 from search.engines.reference import policy_path
@@ -56,6 +59,9 @@ def predict_rates(
     finally:
         if own:
             shown.close()
+    differ, why = check_rates(np.array(rates, dtype=np.float64))
+    if not differ:
+        return Predicted({}, f"the difficulty predictor cannot tell these questions apart: {why}")
     flops = sum(predictor.flops(len(ids)) for ids in ids_P) / max(1, len(ids_P))
     return Predicted({problem.key: float(rate) for problem, rate in zip(problems, rates, strict=True)}, flops=flops)
 

@@ -26,7 +26,7 @@ from search.choosing import arm_flops, choose_together
 from search.errors import BudgetError, ConfigError
 from search.policy import Policy, Scorer, Waiting
 from search.results import read_results
-from search.run import Plan
+from search.run import Plan, Plans
 from search.sets import read_problems
 from search.strategies import OPTIMAL, Spec, parse
 from search.strategies.sizes import num_samples
@@ -43,6 +43,11 @@ def check(config: Config) -> None:
         _beside_plain(config, parse(config.search.strategy))
         if not config.table.enabled:
             raise ConfigError("search.strategy = 'optimal' asks the StrategyTable: set table.enabled = true")
+        if "pass" not in [parse(text).text for text in config.table.strategies] or len({*config.table.budgets}) < 2:
+            raise ConfigError(
+                "search.strategy = 'optimal' spends what plain samples would cost: table.strategies needs pass, and "
+                "table.budgets two of them"
+            )
     else:
         round_plan(config)
     if config.table.enabled:
@@ -182,15 +187,17 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
     if context.control == "random":
         _search_plainly(context, inputs, out)
         return
-    config, unverified = context.config, False
-    trained = config.verifier.type == "trained"
-    if (uses_verifier(config) and trained and "verifier" not in inputs) or (
-        uses_table(config) and "table" not in inputs
-    ):
-        unverified = True  # the champion has none that is usable: the round goes on without
+    config = context.config
+    untabled = uses_table(config) and "table" not in inputs
+    unverified = uses_verifier(config) and config.verifier.type == "trained" and "verifier" not in inputs
+    if untabled or unverified:  # the champion has none that is usable: the round goes on without
         config = config.model_copy(update={"search": config.search.model_copy(update={"strategy": "best_of_n"})})
     problems = read_problems(inputs["problems"] / "search.jsonl")
-    plan = round_plan(config) if not uses_table(config) else _chosen(config, inputs, problems, out)
+    figures: dict[str, int] = {"unverified": int(unverified)} | ({"untabled": 1} if untabled else {})
+    if uses_table(config):
+        plan, figures["predicted"] = _chosen(config, inputs, problems, out)
+    else:
+        plan = round_plan(config)
     job = Job(
         folder="",
         plan=plan,
@@ -211,12 +218,13 @@ def search(context: Context, inputs: Inputs, out: Path) -> None:
         outcomes[result.problem.key] = (correct, len(result.candidates))
         num_failed += result.failed is not None
     write_json(out / "outcomes.json", outcomes)
-    figures = {"failed": num_failed, "unfinished": len(problems) - len(outcomes), "unverified": int(unverified)}
+    figures |= {"failed": num_failed, "unfinished": len(problems) - len(outcomes)}
     _write_figures(out, spend, outcomes, figures)
 
 
-def _chosen(config: Config, inputs: Inputs, problems: Sequence[Problem], out: Path) -> Callable[[Problem], Plan]:
-    """What the table of the champion chooses for each problem, at the FLOPs of best-of-N. chosen.json says what."""
+def _chosen(config: Config, inputs: Inputs, problems: Sequence[Problem], out: Path) -> tuple[Plans, int]:
+    """What the table of the champion chooses for each problem, at the FLOPs of best-of-N, and of how many problems the
+    difficulty is known. chosen.json says what."""
     from flows.rating import predict_rates
 
     table = load_tables(inputs["table"])["rows"]
@@ -231,7 +239,7 @@ def _chosen(config: Config, inputs: Inputs, problems: Sequence[Problem], out: Pa
         "strategies": chooser.counts(problems),
     }
     write_json(out / "chosen.json", chosen)
-    return lambda problem: _after_plain(config, chooser(problem))
+    return lambda problem: _after_plain(config, chooser(problem)), len(found.rates)
 
 
 def _write_figures(

@@ -33,7 +33,7 @@ from flows.show import count, harmless, seconds
 from flows.solution import Solution
 from flows.stage import Stages, in_process, used_gpus
 from flows.stages import Context, Inputs, write_json
-from flows.tables import load_tables
+from flows.tables import fitted_with, load_tables
 from search import answers, strategies
 from search.choosing import choose_each
 from search.engines import load_engine, num_processes
@@ -162,7 +162,7 @@ def solve(context: Context, inputs: Inputs, out: Path) -> None:
     try:
         problem = find_problem(task, asked.text)
         verifier = load_chosen_verifier(config, task, inputs)
-        by_table = chooses(asked, inputs, verifier)
+        by_table = chooses(asked, inputs, config, task)
         plan = None if by_table else make_plan(config, asked, problem, verifier)
         engine = load_engine(config, policy_path(inputs["policy"]), task, share=num_processes(config))
         loaded_s = time.monotonic()
@@ -204,10 +204,15 @@ def find_problem(task: Task, question: str) -> Problem:
     return problem
 
 
-def chooses(asked: Question, inputs: Inputs, verifier: Verifier | None) -> bool:
+def chooses(asked: Question, inputs: Inputs, config: Config, task: Task) -> bool:
     """Whether the StrategyTable decides: where it was asked for, and where nothing was and it was fitted with this
-    verifier. Raises ConfigError where it was asked for and there is none."""
-    optimal = asked.strategy is not None and strategies.parse(asked.strategy).name == strategies.OPTIMAL
+    verifier. Raises ConfigError where it was asked for and there is none, or in a way that one question cannot have."""
+    spec = strategies.parse(asked.strategy) if asked.strategy else None
+    optimal = spec is not None and spec.name == strategies.OPTIMAL
+    if spec is not None and optimal and (spec.options or spec.vote):
+        raise ConfigError(
+            f"--strategy {spec.text}: for one question the table chooses strategy, budget and vote; say optimal alone"
+        )
     if "table" not in inputs:
         if optimal:
             raise ConfigError(
@@ -215,20 +220,20 @@ def chooses(asked: Question, inputs: Inputs, verifier: Verifier | None) -> bool:
                 "or name another strategy"
             )
         return False
-    fitted_with = load_tables(inputs["table"])["answer"].made_of.get("verifier")
-    return optimal or (asked.strategy is None and fitted_with == (verifier.facts.fingerprint if verifier else None))
+    return optimal or (spec is None and fitted_with(load_tables(inputs["table"])["answer"], config, task, inputs))
 
 
 def _by_table(
     config: Config, inputs: Inputs, asked: Question, problem: Problem, verifier: Verifier | None, engine: Engine
 ) -> tuple[Plan, dict[str, Any]]:
-    """What the table chooses for this question, and why. Raises BudgetError."""
+    """What the table chooses for this question, and why. Raises BudgetError, ConfigError."""
     table = load_tables(inputs["table"])["answer"]
     predicted = predict_rates(config, inputs, [problem], engine)
     rates = predicted.rates
     facts = verifier.facts if verifier else None
     chooser = choose_each(table, rates, asked.budget or config.search.samples, facts)
     rung = chooser.rung(problem)
+    _check_gold(config, strategies.parse(rung.arm), problem)
     said = {
         "rate": rates.get(problem.key),
         "bin": chooser.bin_of(problem),
@@ -245,13 +250,17 @@ def make_plan(config: Config, asked: Question, problem: Problem, verifier: Verif
         spec = strategies.parse("best_of_n_weighted")
     if asked.strategy is None and (verifier is None or spec.name == "pass") and spec.name in WITHOUT_SCORES:
         spec = strategies.Spec(WITHOUT_SCORES[spec.name], spec.options)
+    _check_gold(config, spec, problem)
+    budget = Budget("samples", asked.budget or config.search.samples)
+    return spec.plan(budget, verifier.facts if verifier else None)
+
+
+def _check_gold(config: Config, spec: strategies.Spec, problem: Problem) -> None:
     if spec.needs and config.verifier.type == "oracle" and problem.answer is None:
         raise ConfigError(
             "verifier.type = 'oracle' scores by the gold answer, and this question has none: set verifier.type=none, "
             "or ask a question of the task's file"
         )
-    budget = Budget("samples", asked.budget or config.search.samples)
-    return spec.plan(budget, verifier.facts if verifier else None)
 
 
 # ---------------------------------------------------------------- showing

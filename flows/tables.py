@@ -10,7 +10,8 @@ from configs.schema import Config
 from search.errors import BudgetError, ConfigError
 from search.strategies import Spec, parse
 from search.table import Objective, StrategyTable
-from search.types import Budget, VerifierFacts
+from search.types import Budget, Task, VerifierFacts
+from search.verifiers import describe
 
 FILES: dict[Objective, str] = {"answer": "table.json", "rows": "rows.json"}
 
@@ -18,6 +19,12 @@ FILES: dict[Objective, str] = {"answer": "table.json", "rows": "rows.json"}
 def load_tables(folder: Path) -> Mapping[Objective, StrategyTable]:
     """Both tables of a table stage's folder. Raises DataError."""
     return {objective: StrategyTable.load(folder / name) for objective, name in FILES.items()}
+
+
+def fitted_with(table: StrategyTable, config: Config, task: Task, inputs: Mapping[str, Path]) -> bool:
+    """Whether the verifier of a stage's inputs is the one that the table was fitted with. Raises ModelError."""
+    facts = describe(config, task, trained=inputs.get("verifier"))  # as the table noted it: see `flows.tabling`
+    return table.made_of.get("verifier") == (facts.fingerprint if facts else None)
 
 
 def measurable(config: Config, facts: VerifierFacts | None) -> list[tuple[Spec, Budget]]:

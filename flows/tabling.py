@@ -47,7 +47,8 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
     facts = describe(config, load_task(config), trained=inputs.get("verifier"))
     arms = measurable(config, facts)
     spend = run_jobs(context, inputs, out, _jobs(context, arms, problems))
-    spend += _score_pool(context, inputs, out, problems)
+    scored = any(_pooled(spec) and spec.needs for spec, _ in arms)
+    spend += _score_pool(context, inputs, out, problems, scored=scored)
     report: dict[str, Any] = {}
     metrics: dict[str, float | tuple[float, float]] = {}
     try:
@@ -67,6 +68,7 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
             report[objective] = described(fitted, config.table.budgets)
         worth, metrics = _worth(_answering(grid), np.array(known), config)
         report |= {"usable": True, "difficulty": predicted.why, "cells": _rows(grid), "worth": worth}
+        report["left_out"] = [name for name in _names(arms) if name not in {cell.name for cell in grid.cells}]
     except DataError as error:
         report |= {"usable": False, "reason": str(error)}
     write_json(out / "report.json", report)
@@ -104,15 +106,20 @@ def _folder(spec: Spec, budget: Budget) -> str:
     return f"cells/{name}-{budget.amount:g}"
 
 
-def _score_pool(context: Context, inputs: Inputs, out: Path, problems: Sequence[Problem]) -> Spend:
-    """The stored samples of the problems with the verifier's scores, in out/pool; what the scores cost."""
+def _names(arms: Sequence[tuple[Spec, Budget]]) -> list[str]:
+    return [f"{spec.text} @ {budget.amount:g}" for spec, budget in arms]
+
+
+def _score_pool(context: Context, inputs: Inputs, out: Path, problems: Sequence[Problem], *, scored: bool) -> Spend:
+    """The stored samples of the problems, where an arm needs it with the verifier's scores, in out/pool; what the
+    scores cost."""
     config, wanted, num = context.config, {p.key for p in problems}, num_processes(context.config)
     (out / "pool").mkdir(exist_ok=True)
 
     def work(index: int, tell: Report) -> dict[str, float]:
         pools = [r for r in read_results(inputs["pools"] / "pool-validation.jsonl") if r.problem.key in wanted]
         task = load_task(config)
-        verifier = load_chosen_verifier(config, task, inputs)
+        verifier = load_chosen_verifier(config, task, inputs) if scored else None
         drawn = pools[index::num]
         if verifier is not None:
             engine = load_engine(config, policy_path(inputs["policy"]), task, share=num, index=index)
@@ -140,13 +147,14 @@ def _score_pool(context: Context, inputs: Inputs, out: Path, problems: Sequence[
 
 
 def _grid(context: Context, out: Path, arms: Sequence[tuple[Spec, Budget]], problems: Sequence[Problem]) -> Grid:
-    """Over the problems that were drawn and not lost. Raises DataError where none is left."""
+    """Over the problems that were drawn and not lost, without the budgets that need more samples than were stored.
+    Raises DataError where none is left."""
     pools = {pool.key: pool for pool in read_pools(out / "pool", load_task(context.config).step_delimiter)}
     keys = tuple(p.key for p in problems if p.key in pools)
     if not keys:
         raise DataError("no validation problem has stored samples: give difficulty.samples and difficulty.problems")
     ordered = [pools[key] for key in keys]
-    most = min(len(pool.correct_N) for pool in ordered if not pool.failed)
+    most = min((len(pool.correct_N) for pool in ordered if not pool.failed), default=0)
     rules = {spec.text: spec.entry.pool for spec, _ in arms if _pooled(spec)}
     budgets = [b for b in context.config.table.budgets if b <= most]
     cells: list[Cell] = []
