@@ -170,7 +170,7 @@ def family(arm: str) -> str:
 
 def _option(part: str) -> str:
     name, _, value = part.partition("=")
-    return {"True": name, "False": f"no {name}"}.get(value, part)
+    return {"true": name, "false": f"no {name}"}.get(value.lower(), part)
 
 
 def bin_name(number: int, num: int) -> str:

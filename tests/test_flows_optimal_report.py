@@ -228,7 +228,7 @@ def test_what_is_not_known_is_listed():
     [
         ("greedy", "greedy"),
         ("best_of_n_weighted", "best-of-N weighted"),
-        ("step_rejection(draws=8, greedy=True, restart=False)", "step rejection (draws=8, greedy, no restart)"),
+        ("step_rejection(draws=8, greedy=true, restart=false)", "step rejection (draws=8, greedy, no restart)"),
         ("beam(width=2, vote=majority)", "beam (width=2, vote=majority)"),
         ("odd(", "odd"),
     ],

@@ -123,10 +123,7 @@ class Spec:
 
     @property
     def text(self) -> str:
-        given = [
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in self.options.items()
-        ]
+        given = [f"{name}={_written(value)}" for name, value in self.options.items()]
         given += [f"vote={self.vote}"] if self.vote else []
         return f"{self.name}({', '.join(given)})" if given else self.name
 
@@ -155,6 +152,11 @@ class Spec:
         strategy = functools.partial(self.entry.function, **self.options)
         amount = f"{budget.amount:g}" + ("" if budget.unit == "samples" else f" {budget.unit}")
         return Plan(f"{self.text} @ {amount}", strategy, budget, rule or self.rule, scored=bool(self.needs))
+
+
+def _written(value: Any) -> str:
+    """As a user writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse(text: str) -> Spec:
