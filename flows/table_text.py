@@ -17,10 +17,10 @@ def choices(round_: Round) -> Table:
     if not answer:
         return Table((), ())
     budgets = [f"{n:g}" for n in answer["budgets"]]
-    by_bin = {b: chosen for b, chosen in answer["choices"].items() if b != "all"}
-    hardest: str = str(len(by_bin))
-    names = {"1": "1, easiest", hardest: f"{hardest}, hardest"} if len(by_bin) > 1 else {"1": "all"}
-    rows = [Row((str(names.get(b, b)), *(name or "-" for name in chosen))) for b, chosen in by_bin.items()]
+    by_bin = _by_bin(answer)
+    hardest = len(by_bin)
+    names = {1: "1, easiest", hardest: f"{hardest}, hardest"} if hardest > 1 else {1: "all"}
+    rows = [Row((names.get(b, str(b)), *(name or "-" for name in chosen))) for b, chosen in enumerate(by_bin, 1)]
     return Table(("difficulty", *(f"at {n}" for n in budgets)), tuple(rows))
 
 
@@ -37,13 +37,19 @@ def worth(round_: Round) -> list[str]:
             f"{100 * row['fixed_accuracy']:.1f} % for {row['fixed_flops']:.3g}."
         )
     for ratio in found["ratios"]:
-        times = f"{ratio['value']:.1f} times" if ratio["value"] else "any number of times"
+        baseline = f"{ratio['baseline']} at {ratio['budget']:g} samples"
+        if not ratio["value"]:
+            lines.append(f"No choice is as accurate as {baseline}.")
+            continue
         lines.append(
-            f"{ratio['baseline']} at {ratio['budget']:g} samples takes {times} the FLOPs for the same accuracy (90 %: "
-            f"{ratio['low']:.1f} to {ratio['high']:.1f})."
+            f"{baseline} takes {ratio['value']:.1f} times the FLOPs for the same accuracy (90 %: {ratio['low']:.1f} to "
+            f"{ratio['high']:.1f})."
         )
     why = read(round_).get("difficulty", "")
-    return lines + ([f"Every question gets the same: {why}."] if why != "predicted" else [])
+    lines += [f"Every question gets the same: {why}."] if why != "predicted" else []
+    if left_out := read(round_).get("left_out"):
+        lines.append(f"Not measured: {', '.join(left_out)}: difficulty.samples are too few.")
+    return lines
 
 
 def over_rounds(history: History) -> Table:
@@ -56,13 +62,18 @@ def over_rounds(history: History) -> Table:
         if not answer or not t:
             continue
         savings = sorted((int(n.rpartition("_")[2]), f) for n, f in t.items() if n.startswith("saving_at_"))
-        last = [chosen[-1] or "-" for b, chosen in answer["choices"].items() if b != "all"]
+        last = [chosen[-1] or "-" for chosen in _by_bin(answer)]
         share = f"{d['spearman'].value:.2f}" if "spearman" in d else "-"
         ceiling = f" of {d['spearman_ceiling'].value:.2f}" if "spearman_ceiling" in d else ""
         saving = ", ".join(f"{f.value:.1f} x at {n}" for n, f in savings) or "-"
         rows.append(Row((str(r.number), share + ceiling, saving, last[0] if last else "-", last[-1] if last else "-")))
     heads = ("round", "Spearman", "saving", "easiest questions get", "hardest questions get")
     return Table(heads if rows else (), tuple(rows))
+
+
+def _by_bin(answer: dict[str, Any]) -> list[list[str | None]]:
+    """What each bin gets at each budget, the easiest bin first."""
+    return [answer["choices"][b] for b in sorted(answer["choices"].keys() - {"all"}, key=int)]
 
 
 def read(round_: Round) -> dict[str, Any]:
