@@ -16,7 +16,7 @@ import numpy as np
 from configs.schema import Config
 from flows.chosen import load_chosen_verifier
 from flows.eval_run import score
-from flows.rating import predict_rates
+from flows.rating import Rates, predict_rates
 from flows.stages import Context, Inputs, Job, run_jobs, write_json, write_metrics
 from flows.tables import FILES, measurable
 from search import optimal, stats
@@ -24,7 +24,7 @@ from search.cells import Cell, Grid, pool_cells, read_pools, searched_cell
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.errors import DataError
-from search.optimal import Cells, Ratio
+from search.optimal import Binning, Cells, Ratio
 from search.parallel import Report, fork_map
 from search.policy import Sampler
 from search.results import read_results, write_results
@@ -62,11 +62,12 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
                 known,
                 objective=objective,
                 bins=config.difficulty.bins,
+                edges=_edges(config, predicted.rates),
                 made_of=made_of,
             )
             fitted.save(out / name)
             report[objective] = described(fitted, config.table.budgets)
-        worth, metrics = _worth(_answering(grid), np.array(known), config)
+        worth, metrics = _worth(_answering(grid), _binning(config, predicted.rates, known), predicted.flops)
         report |= {"usable": True, "difficulty": predicted.why, "cells": _rows(grid), "worth": worth}
         report["left_out"] = [name for name in _names(arms) if name not in {cell.name for cell in grid.cells}]
     except DataError as error:
@@ -171,6 +172,19 @@ def _answering(grid: Grid) -> Grid:
     return grid.only([cell.arm for cell in grid.cells if cell.arm != "pass"])
 
 
+def _edges(config: Config, rates: Rates) -> tuple[float, ...] | None:
+    """Where the predicted rates are cut, whatever the problems; None: at their quantiles."""
+    return config.difficulty.edges if config.difficulty.binning == "absolute" and rates else None
+
+
+def _binning(config: Config, rates: Rates, known: Sequence[float]) -> Binning:
+    """The bins of the problems whose rates are `known`, in a resample too."""
+    rates_P, edges = np.array(known), _edges(config, rates)
+    if edges is not None:
+        return lambda weights: stats.assign_bins(rates_P, edges)
+    return lambda weights: optimal.quantile_bins(rates_P, config.difficulty.bins, weights)
+
+
 def _made_of(context: Context, inputs: Inputs, facts: VerifierFacts | None, grid: Grid) -> dict[str, Any]:
     policy = next(iter(read_results(inputs["pools"] / "pool-validation.jsonl"))).model
     return {
@@ -185,11 +199,11 @@ def _made_of(context: Context, inputs: Inputs, facts: VerifierFacts | None, grid
 # ---------------------------------------------------------------- what it is worth
 
 
-def _worth(grid: Grid, rates_P: np.ndarray, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+def _worth(grid: Grid, binning: Binning, each_flops: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """On the halves that a choice was not fitted on: accuracy and FLOPs at every budget beside the best fixed strategy,
-    and how many times its FLOPs the strongest best-of-N needs at equal accuracy."""
-    cells, bins = Cells(grid), config.difficulty.bins
-    bins_P = optimal.quantile_bins(rates_P, bins)
+    and how many times its FLOPs the strongest best-of-N needs at equal accuracy. `each_flops`: what it costs to predict
+    a question's difficulty, charged to the choice."""
+    cells, bins_P = Cells(grid), binning(None)
     budgets = sorted({cell.budget for cell in grid.cells})
     values_L_P, flops_L_P = optimal.outcomes(cells, bins_P, optimal.by_budget(cells.budgets_C, budgets))
     rows: list[dict[str, Any]] = []
@@ -197,29 +211,28 @@ def _worth(grid: Grid, rates_P: np.ndarray, config: Config) -> tuple[dict[str, A
     for budget, values_P, flops_P in zip(budgets, values_L_P, flops_L_P, strict=True):
         fixed = max((c for c in grid.cells if c.budget <= budget), key=lambda c: float(c.solved_P.mean()))
         found, least = stats.mean_estimate(values_P), stats.mean_estimate(fixed.solved_P)
+        flops = float(flops_P.mean()) + each_flops
         rows.append(
-            {"budget": budget, "accuracy": found.value, "se": found.se, "flops": float(flops_P.mean())}
+            {"budget": budget, "accuracy": found.value, "se": found.se, "flops": flops}
             | {"fixed": fixed.name, "fixed_accuracy": least.value, "fixed_flops": float(fixed.flops_P.mean())}
         )
         metrics |= {
             f"table/accuracy_at_{budget:g}": (found.value, found.se),
             f"table/fixed_at_{budget:g}": (least.value, least.se),
-            f"table/flops_at_{budget:g}": float(flops_P.mean()),
+            f"table/flops_at_{budget:g}": flops,
         }
-    ratios = _ratios(cells, rates_P, bins)
+    ratios = _ratios(cells, binning, each_flops)
     metrics |= {f"table/saving_at_{r.budget:g}": (r.value, (r.high - r.low) / 3.29) for r in ratios}
     return {"budgets": rows, "ratios": [ratio.to_json() for ratio in ratios]}, metrics
 
 
-def _ratios(cells: Cells, rates_P: np.ndarray, bins: int) -> list[Ratio]:
+def _ratios(cells: Cells, binning: Binning, each_flops: float) -> list[Ratio]:
     there = {cell.arm for cell in cells.grid.cells}
     baselines = [arm for arm in BASELINES if arm in there]
     budgets = sorted({c.budget for c in cells.grid.cells if c.arm in baselines and c.budget > 1})[-2:]
     if not baselines or not budgets:
         return []
-    return optimal.equal_accuracy(
-        cells, baselines, None, lambda w: optimal.quantile_bins(rates_P, bins, w), budgets, draws=DRAWS
-    )
+    return optimal.equal_accuracy(cells, baselines, None, binning, budgets, extra_flops=each_flops, draws=DRAWS)
 
 
 def _rows(grid: Grid) -> list[dict[str, Any]]:
@@ -233,7 +246,8 @@ def _rows(grid: Grid) -> list[dict[str, Any]]:
 def described(fitted: StrategyTable, budgets: Sequence[int]) -> dict[str, Any]:
     """What it chooses in each bin at each budget, in words."""
     choices: dict[str, list[str | None]] = {}
+    rising = sorted({*budgets})
     for b in range(fitted.num_bins + 1):
         least = min(rung.budget for rung in fitted.ladders[b])
-        choices[str(b) if b else "all"] = [fitted.choose(b, n).name if n >= least else None for n in budgets]
-    return {"budgets": list(budgets), "edges": list(fitted.edges), "counts": list(fitted.counts), "choices": choices}
+        choices[str(b) if b else "all"] = [fitted.choose(b, n).name if n >= least else None for n in rising]
+    return {"budgets": rising, "edges": list(fitted.edges), "counts": list(fitted.counts), "choices": choices}

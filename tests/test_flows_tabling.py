@@ -22,7 +22,8 @@ from flows.stages import Context, base, pool_job, run_jobs
 from flows.state import Loop
 from flows.table_text import choices, worth
 from flows.tables import fitted_with, load_tables, measurable
-from flows.tabling import table
+from flows.tabling import _worth, table
+from search.cells import Grid, pool_cells, read_pools
 from search.choosing import choose_each, choose_together
 from search.errors import BudgetError, ConfigError
 from search.evaluate import read_pool
@@ -238,7 +239,7 @@ def stage(tmp_path):
         drawn = load_task(settings).draw("validation", problems, stream="x")
         write_problems(drawn, sets / "validation.jsonl")
         base(context, {}, policy)
-        inputs = {"problems": sets, "policy": policy / "model", "pools": pools}
+        inputs = {"problems": sets, "policy": policy / "model", "pools": pools, **work.inputs}
         run_jobs(context, inputs, pools, [pool_job("validation", drawn, samples, "difficulty/0")])
         merge_shards(pools / "pool-validation", pools / "pool-validation.jsonl")
         if damage:
@@ -248,6 +249,7 @@ def stage(tmp_path):
         table(context, inputs, out)
         return out
 
+    work.inputs = {}
     return work
 
 
@@ -285,6 +287,42 @@ def test_budgets_beyond_the_stored_samples_are_left_out_and_named(stage):
     assert ("adaptive_majority", 16) in {(c["arm"], c["budget"]) for c in report["cells"]}
     said = worth(SimpleNamespace(folder=out.parent))  # pyright: ignore[reportArgumentType]
     assert said[-1] == "Not measured: pass @ 16, majority @ 16: difficulty.samples are too few."
+
+
+def test_bins_may_be_cut_at_fixed_rates(told, stage):
+    """Where a predictor tells rates; without one there is nothing to cut."""
+    absolute = ("difficulty.binning=absolute", "difficulty.edges=[0.05,0.4,0.99]")
+    stage.inputs |= {"difficulty": told.loop / "round-000" / "difficulty"}
+    out = stage(*absolute, problems=40)
+    one = load_tables(out)["answer"]
+    assert one.edges == (0.05, 0.4, 0.99)
+    assert one.counts[0] == 40 == sum(one.counts[1:])
+    assert one.counts[1] == 0, "no question is as easy"
+    assert one.ladders[1][0].value == pytest.approx(one.ladders[0][0].value)
+    assert read_metrics(out)["table/bins"] == sum(n > 0 for n in one.counts[1:])
+    assert read(out / "report.json")["difficulty"] == "predicted"
+
+
+def test_fixed_rates_cut_nothing_where_none_is_known(stage):
+    one = load_tables(stage("difficulty.binning=absolute"))["answer"]
+    assert (one.edges, one.counts) == ((), (24, 24))
+
+
+def test_what_predicting_costs_is_charged_to_the_choice(told, monkeypatch):
+    """A thousand FLOPs a question, where a token costs two thousand."""
+    pool = told.loop / "round-001" / "difficulty" / "pool-validation.jsonl"
+    keys = [p.key for p in read_problems(told.loop / "round-001" / "problems" / "validation.jsonl")[:60]]
+    pools = {p.key: p for p in read_pools(pool)}
+    grid = Grid(tuple(keys), tuple(pool_cells([pools[k] for k in keys], {"majority": "majority"}, [1, 2, 4])))
+    monkeypatch.setattr("flows.tabling.DRAWS", 3)
+
+    def bins(weights):
+        return np.ones(60, dtype=np.intp)
+
+    (free, _), (charged, _) = (_worth(grid, bins, flops) for flops in (0.0, 1000.0))
+    assert [b["flops"] - a["flops"] for a, b in zip(free["budgets"], charged["budgets"], strict=True)] == [1000.0] * 3
+    for a, b in zip(free["ratios"], charged["ratios"], strict=True):
+        assert b["value"] < a["value"]
 
 
 @pytest.mark.parametrize(
