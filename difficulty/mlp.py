@@ -23,10 +23,10 @@ from difficulty.prompts import Prompts
 from search.randomness import key64
 
 COMPONENTS = 64
-UNITS = 32
+UNITS = 64
 BATCH = 64
-MAX_EPOCHS, PATIENCE = 60, 6
-LEARNING_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.99)
+MAX_EPOCHS, PATIENCE = 100, 8
+LEARNING_RATE, WEIGHT_DECAY, BETAS = 1e-3, 1.0, (0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +114,7 @@ def _train(
     num = x_P_D.shape[1]
     theta: Parameters = [
         chance.normal(size=(NUM_FOLDS, num, UNITS)) / np.sqrt(max(num, 1)),
-        np.zeros((NUM_FOLDS, UNITS)),
+        chance.normal(size=(NUM_FOLDS, UNITS)),  # not 0: units that are odd learn nothing even
         np.zeros((NUM_FOLDS, UNITS)),
         np.full(NUM_FOLDS, np.log(mean / (1 - mean))),
     ]
