@@ -265,7 +265,7 @@ def evaluate(
         report = report.unusable(f"{num_bad} prompts have hidden states that are not finite")
     if leak := leaked(counts.keys, predictor.fit_keys, [key64(key) for key in counts.keys]):
         report = report.unusable(leak)
-    if not predictor.usable:
+    if report.usable and not predictor.usable:
         report = report.unusable(predictor.why)
     return _complete(report, predictor, predicted, successes / totals, prompts, config, ())
 

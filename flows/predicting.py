@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def _fit(context: Context, inputs: Inputs, out: Path) -> tuple[dict[str, Any], M
         metrics["difficulty/kept_previous"] = float(predictor is old)
     if problem := labels.revealing or fresh.revealing:
         report = report.unusable(problem)
-    predictor.save(out)
+    replace(predictor, usable=report.usable, why=report.why).save(out)
     engine.close()
     for one in report.metrics():
         metrics[one["name"]] = one["value"] if one.get("se") is None else (one["value"], one["se"])
