@@ -285,7 +285,7 @@ def expected_spend(pool: Pool, k: int, *, scored: bool) -> Floats:
     if num == 0:
         return np.zeros(len(_COUNTS))
     share, later = k / num, (k - 1) / (num - 1) if num > 1 else 1.0
-    begun, read = (float(shares[0]) if scored else 0.0 for shares in read_shares(pool, [k]))
+    begun, read = (float(shares[0]) for shares in read_shares(pool, [k])) if scored else (0.0, 0.0)
     generated = spend.generated_tokens * share
     first = min(prompt, spend.prefilled_tokens)
     prefilled = first + (spend.prefilled_tokens - first) * later
