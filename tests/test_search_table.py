@@ -39,10 +39,10 @@ def test_a_budget_buys_the_best_that_is_as_cheap():
         TABLE.choose(1, 0.5)
 
 
-def test_what_is_not_worse_by_more_than_an_error_of_the_difference_may_be_cheaper():
-    """Errors .03 and .04: the difference has .05."""
-    best, near = Rung("b", 4, 0.70, 0.7, 0.03, 40.0), Rung("a", 2, 0.65, 0.65, 0.04, 20.0)
-    far, worst = Rung("c", 1, 0.6, 0.6, 0.0, 5.0), Rung("d", 1, 0.5, 0.5, 0.3, 1.0)
+def test_what_is_not_worse_by_more_than_half_an_error_of_the_difference_may_be_cheaper():
+    """Errors .03 and .04: the difference has .05, so .675 of .70 is near enough and .67 is not."""
+    best, near = Rung("b", 4, 0.70, 0.7, 0.03, 40.0), Rung("a", 2, 0.676, 0.676, 0.04, 20.0)
+    far, worst = Rung("c", 1, 0.67, 0.67, 0.04, 5.0), Rung("d", 1, 0.6, 0.6, 0.3, 1.0)
     assert pick([best, near, far]) == 1
     assert pick([best, far]) == 0
     assert pick([best, near, far, worst]) == 3
