@@ -269,12 +269,17 @@ def data_lines(round_: Round) -> list[str]:
 _DIFFICULTY = {
     "spearman": "rank correlation (Spearman)",
     "length_spearman": "... of the prompt's length alone",
+    "metadata_spearman": "... of what the task says of the question",
     "spearman_ceiling": "... that labels this noisy allow",
+    "spearman_share": "... as a share of that",
     "brier": "Brier score",
     "brier_rate": "squared error of the rate",
     "constant_brier_rate": "... of a constant",
     "ece": "calibration error",
     "auroc": "AUC, solvable or not",
+    "bin_agreement": "share of questions in the bin that their samples give",
+    "bin_agreement_within_one": "... or in the next",
+    "bin_agreement_chance": "... by chance",
 }
 
 

@@ -181,6 +181,13 @@ def test_problems_come_in_file_order(source):
     assert lines == sorted(lines)
 
 
+def test_the_level_that_people_gave_a_problem_is_kept(source):
+    rows = [{**row, "level": level} for row, level in zip(questions(3), ("Level 5", 2, None), strict=True)]
+    task = load_task(config(write(source, rows)))
+    levels = {p.meta["line"]: p.meta.get("level") for split in SPLITS for p in task.problems(split)}
+    assert levels == {1: "Level 5", 2: "2", 3: None}
+
+
 def test_a_test_file_is_exactly_the_test_split(source, tmp_path):
     write(source, questions(300))
     test = write(tmp_path / "test.jsonl", questions(40, start=280))

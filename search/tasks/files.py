@@ -24,6 +24,7 @@ from search.types import Problem
 
 MAX_LINE_BYTES = 4 << 20
 MAX_QUESTION_CHARS = 100_000
+LEVEL_COLUMN = "level"  # difficulty as people set it, MATH's say: a baseline for the predicted one
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,9 @@ class _Builder:
         if reason := self.bad_gold(gold):
             return reason
         meta: dict[str, Any] = {"line": row.line}
+        level = text_cell(row.data, LEVEL_COLUMN)
+        if level is not None and is_text(level) and self.config.answer_column != LEVEL_COLUMN:
+            meta[LEVEL_COLUMN] = level[:40]
         key = question_key(question)
         if self.config.id_column is not None:
             name = text_cell(row.data, self.config.id_column)
