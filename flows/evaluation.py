@@ -31,6 +31,7 @@ from flows.stages import Context, Inputs, write_json
 from flows.state import Loop
 from flows.tables import load_tables
 from search.cells import Grid, halves, pool_cells, searched_cell
+from search.choosing import plan_of
 from search.engines import num_processes
 from search.errors import BudgetError, ConfigError, DataError, StageFailed
 from search.evaluate import SCORED_RULES, Pool, joined, reduce_pool
@@ -39,7 +40,7 @@ from search.run import Progress
 from search.sets import read_problems, write_problems
 from search.standings import PLAIN, WEIGHTED, Row, pool_rows, to_json
 from search.strategies import OPTIMAL, VOTES, Spec, parse, parse_list
-from search.table import EVERYWHERE, StrategyTable
+from search.table import StrategyTable
 from search.tasks import load_task
 from search.thresholds import GRID, needs_fit, with_threshold
 from search.types import Budget, Problem, SearchResult, Spend, Task, VerifierFacts
@@ -207,7 +208,7 @@ def plan(
             budget = Budget(unit, amount)  # pyright: ignore[reportArgumentType]
             try:
                 if chosen.name == OPTIMAL and table is not None:
-                    table.choose(EVERYWHERE, amount)
+                    _check_optimal(table, budget, facts)
                 else:
                     (with_threshold(chosen, 0.5) if needs_fit(chosen) else chosen).plan(budget, facts)
             except BudgetError as error:
@@ -218,6 +219,14 @@ def plan(
     if not items:
         raise refused or BudgetError("no budget given")
     return items
+
+
+def _check_optimal(table: StrategyTable, budget: Budget, facts: VerifierFacts | None) -> None:
+    """Raises BudgetError where the table knows nothing as cheap, ConfigError where it cannot be asked like this."""
+    if budget.unit != "samples":
+        raise ConfigError(f"--unit {budget.unit}: optimal chooses by samples; leave --unit out, or optimal")
+    for b in range(table.num_bins + 1):
+        plan_of(table.choose(b, budget.amount), facts)
 
 
 def _default(facts: VerifierFacts | None, always: Sequence[str]) -> tuple[str, ...]:

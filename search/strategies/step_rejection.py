@@ -53,6 +53,7 @@ async def step_rejection(
             ended += [c for c in stepped if not c.open]
             hopeless = [c for c in stepped if c.open and give_up and chance(c) < threshold]
             ended += await policy.finish(hopeless)
+            policy.keep(ended)
             together = [c for c in stepped if c.open and c not in hopeless]
         rest = await policy.finish(together)
         policy.keep([*ended, *rest])
