@@ -136,6 +136,8 @@ def _half(pool: Pool, chosen: Sequence[int], num_ungraded: int) -> Pool:
         num_unscored=silent if pool.num_unscored else 0,
         spend=_spend(pool, len(chosen)),
         copies=(),
+        right_copies=(),
+        reads=(),
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from configs.schema import Config
+from difficulty import bins
+from difficulty.regret import regret
 from flows.chosen import load_chosen_verifier
 from flows.eval_run import score
 from flows.rating import Rates, predict_rates
@@ -24,6 +26,7 @@ from search.cells import Cell, Grid, pool_cells, read_pools, searched_cell
 from search.engines import load_engine, num_processes
 from search.engines.reference import policy_path
 from search.errors import DataError
+from search.evaluate import reduce_pool
 from search.optimal import Binning, Cells, Ratio
 from search.parallel import Report, fork_map
 from search.policy import Sampler
@@ -38,6 +41,7 @@ from search.verifiers import describe
 SHARD_PROBLEMS = 100
 BASELINES = ("best_of_n", "best_of_n_weighted", "majority")
 DRAWS = 100  # of the bootstrap
+MIN_REGRET = 40  # problems, below which a regret says nothing
 
 
 def table(context: Context, inputs: Inputs, out: Path) -> None:
@@ -69,6 +73,8 @@ def table(context: Context, inputs: Inputs, out: Path) -> None:
             report[objective] = described(fitted, config.table.budgets)
         worth, metrics = _worth(_answering(grid), _binning(config, predicted.rates, known), predicted.flops)
         report |= {"usable": True, "difficulty": predicted.why, "cells": _rows(grid), "worth": worth}
+        lost, regretted = _regret(config, out, arms, _answering(grid), predicted.rates)
+        report["regret"], metrics = lost, metrics | regretted
         report["left_out"] = [name for name in _names(arms) if name not in {cell.name for cell in grid.cells}]
     except DataError as error:
         report |= {"usable": False, "reason": str(error)}
@@ -233,6 +239,35 @@ def _ratios(cells: Cells, binning: Binning, each_flops: float) -> list[Ratio]:
     if not baselines or not budgets:
         return []
     return optimal.equal_accuracy(cells, baselines, None, binning, budgets, extra_flops=each_flops, draws=DRAWS)
+
+
+def _regret(
+    config: Config, out: Path, arms: Sequence[tuple[Spec, Budget]], grid: Grid, rates: Rates
+) -> tuple[dict[str, Any] | None, dict[str, tuple[float, float]]]:
+    """What mis-binning costs: accuracy at one budget by a strategy per predicted bin, and by one per bin of the sampled
+    pass rates. One half of a problem's samples makes its bin, the other measures the strategies that draw samples."""
+    stored = {r.problem.key: r for r in read_results(out / "pool") if len(r.candidates) > 1 and not r.failed}
+    keys = [key for key in grid.keys if key in stored and key in rates]
+    most = min((len(stored[key].candidates) // 2 for key in keys), default=0)
+    budget = max((b for b in config.table.budgets if b <= most), default=0)
+    if not budget or len(keys) < MIN_REGRET:
+        return None, {}
+    split = [bins.halves(stored[key], seed=config.loop.seed) for key in keys]
+    binned_P, drawn = ([reduce_pool(half[i]) for half in split] for i in (0, 1))
+    rules = {spec.text: spec.entry.pool for spec, _ in arms if _pooled(spec) and spec.name != "pass"}
+    cells = pool_cells(drawn, rules, [budget], seed=config.loop.seed) if rules else []
+    rows = [grid.keys.index(key) for key in keys]
+    values = [c.solved_P for c in cells] + [
+        c.solved_P[rows] for c in grid.cells if c.budget == budget and c.arm not in rules
+    ]
+    oracle_P, predicted_P = ([bins.oracle_rate(pool) for pool in binned_P], [rates[key] for key in keys])
+    cut = [bins.fixed_by(config.difficulty, values_P)(values_P) for values_P in (oracle_P, predicted_P)]
+    found = regret(np.array(values), *cut, seed=config.loop.seed)
+    metrics = {
+        "table/regret": (found.loss.value, found.loss.se),
+        "table/gain_by_bins": (found.gain.value, found.gain.se),
+    }
+    return {"budget": budget, "problems": len(keys)} | found.to_json(), metrics
 
 
 def _rows(grid: Grid) -> list[dict[str, Any]]:

@@ -129,6 +129,17 @@ def test_what_it_is_worth_was_measured_on_problems_that_it_did_not_see(told):
     assert metrics["table/bins"] == len(report["answer"]["edges"]) + 1
 
 
+def test_the_regret_of_mis_binning_is_reported(told):
+    """Bins by one half of the samples, strategies measured on the other."""
+    report = read(told.loop / "round-001" / "table" / "report.json")["regret"]
+    metrics = read_metrics(told.loop / "round-001" / "table")
+    assert (report["budget"], report["problems"]) == (4, 60)
+    assert report["loss"]["value"] == pytest.approx(report["oracle"]["value"] - report["predicted"]["value"])
+    assert metrics["table/regret"] == report["loss"]["value"]
+    assert metrics["table/gain_by_bins"] == report["gain"]["value"]
+    assert abs(report["loss"]["value"]) < 0.3
+
+
 def test_the_next_search_asks_the_table_of_the_champion(told):
     search_stage, old = told.loop / "round-001" / "search", told.loop / "round-000"
     problems = read_problems(told.loop / "round-001" / "problems" / "search.jsonl")
