@@ -147,7 +147,7 @@ def _note(name: str, m: dict[str, float]) -> str:
                 if not m["table/usable"]:
                     return "not usable: the one before stays"
                 saved = [(int(k.rpartition("_")[2]), v) for k, v in m.items() if k.startswith("table/saving_at_")]
-                said = [f"{v:.1f} x fewer FLOPs than best-of-{n} at equal accuracy" for n, v in sorted(saved)[-1:]]
+                said = [_saved(n, v) for n, v in sorted(saved)[-1:]]
                 return "; ".join([f"{m['table/bins']:g} bin" + "s" * (m["table/bins"] != 1), *said])
             case "difficulty":
                 return f"Spearman {m['difficulty/spearman']:.2f}, Brier {m['difficulty/brier']:.3f}"
@@ -155,3 +155,9 @@ def _note(name: str, m: dict[str, float]) -> str:
                 return ""
     except KeyError:
         return ""
+
+
+def _saved(samples: int, times: float) -> str:
+    if not times:
+        return f"best-of-{samples} stays more accurate than any choice"
+    return f"{times:.1f} x fewer FLOPs than best-of-{samples} at equal accuracy"
