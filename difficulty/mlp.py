@@ -9,6 +9,7 @@ Axis legend: _P problems, _F features, _K networks (folds), _U hidden units, _E 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from difficulty.basis import fit_basis
 from difficulty.calibration import Floats, Platt, fit_platt
 from difficulty.held_out import NUM_FOLDS, best, entropies, fold_of_each, honest_rates
-from difficulty.probe import check_shape
-from difficulty.prompts import Prompts
+from difficulty.probe import MAX_ALL_FEATURES, check_shape
+from difficulty.prompts import Prompts, spaced_layers
 from search.randomness import key64
 
 COMPONENTS = 64
@@ -33,10 +34,11 @@ LEARNING_RATE, WEIGHT_DECAY, BETAS = 1e-3, 1.0, (0.9, 0.99)
 class MlpHead:
     """Rate = platt(tanh(features @ weight + bias) @ out + level): the networks side by side, `out` their mean.
 
-    The features are all pooled states, and the prompt's length.
+    The features are the pooled states of its layers, and the prompt's length.
     """
 
-    shape: tuple[int, int, int]  # (L, 2, H) of the states it reads
+    shape: tuple[int, int, int]  # (L, 2, H) of the policy's states
+    layers: tuple[int, ...]  # that it reads
     weight_F_KU: Floats  # every network's first layer, side by side
     bias_KU: Floats
     out_KU: Floats
@@ -47,7 +49,7 @@ class MlpHead:
     def predict(self, prompts: Prompts) -> Floats:
         """Rates in [0, 1], shape [P]; nan where a state is not finite. Raises DataError on states of another shape."""
         check_shape(prompts.states, self.shape)
-        features = _features(prompts)
+        features = _features(prompts, self.layers)
         finite = np.isfinite(features).all(axis=1)
         rates = np.full(len(features), np.nan)
         hidden = np.tanh(features[finite] @ self.weight_F_KU + self.bias_KU)
@@ -55,26 +57,31 @@ class MlpHead:
         return rates
 
     def flops(self, num_prompt_tokens: int) -> float:
-        layers, _, hidden = self.shape
-        return float(layers * hidden * num_prompt_tokens + 2 * (self.weight_F_KU.size + 2 * self.out_KU.size))
+        averaged = len(self.layers) * self.shape[2] * num_prompt_tokens
+        return float(averaged + 2 * (self.weight_F_KU.size + 2 * self.out_KU.size))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         return {"weight": self.weight_F_KU, "bias": self.bias_KU, "out": self.out_KU}
 
     def facts(self) -> dict[str, Any]:
         platt = {"slope": self.platt.slope, "offset": self.platt.offset}
-        return {"shape": list(self.shape), "level": self.level, "platt": platt}
+        return {"shape": list(self.shape), "layers": list(self.layers), "level": self.level, "platt": platt}
 
     @classmethod
     def load(cls, tensors: dict[str, NDArray[Any]], facts: dict[str, Any]) -> MlpHead:
         layers, two, hidden = facts["shape"]
         parts = (tensors["weight"], tensors["bias"], tensors["out"])
-        return cls((layers, two, hidden), *parts, level=facts["level"], platt=Platt(**facts["platt"]))
+        return cls(
+            (layers, two, hidden), tuple(facts["layers"]), *parts, level=facts["level"], platt=Platt(**facts["platt"])
+        )
 
 
 def fit(prompts: Prompts, rates_P: Floats, weights_P: Floats, *, seed: object) -> tuple[MlpHead, Floats]:
     """The head, and calibrated predictions [P] by networks that did not see the problem."""
-    features = _features(prompts)
+    num_layers, two, hidden = prompts.states.shape[1:]
+    few = num_layers * two * hidden > MAX_ALL_FEATURES
+    layers = tuple(spaced_layers(num_layers) if few else range(num_layers))
+    features = _features(prompts, layers)
     basis = fit_basis(features, COMPONENTS)
     x, weights = basis(features), weights_P / weights_P.mean()
     folds = fold_of_each(len(rates_P), seed)
@@ -84,7 +91,8 @@ def fit(prompts: Prompts, rates_P: Floats, weights_P: Floats, *, seed: object) -
     num = len(first)
     weight, offset = basis.fold(np.concatenate(list(first), axis=1))
     head = MlpHead(
-        shape=(prompts.states.shape[1], prompts.states.shape[2], prompts.states.shape[3]),
+        shape=(num_layers, two, hidden),
+        layers=layers,
         weight_F_KU=weight,
         bias_KU=bias_KU.reshape(-1) + offset,
         out_KU=out_KU.reshape(-1) / num,
@@ -94,9 +102,9 @@ def fit(prompts: Prompts, rates_P: Floats, weights_P: Floats, *, seed: object) -
     return head, honest_rates(logits_E_P, errors, rates_P, weights, folds)
 
 
-def _features(prompts: Prompts) -> Floats:
+def _features(prompts: Prompts, layers: Sequence[int]) -> Floats:
     lengths = prompts.lengths_P.astype(np.float64)[:, None]
-    states = prompts.states.reshape(len(prompts), -1).astype(np.float64)
+    states = prompts.states[:, list(layers)].reshape(len(prompts), -1).astype(np.float64)
     return np.concatenate([states, lengths, np.log1p(lengths)], axis=1)
 
 

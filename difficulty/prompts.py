@@ -114,12 +114,12 @@ def _read_tokens(engine: Any, ids_P: Sequence[Sequence[int]]) -> Iterator[tuple[
             ids, mask = engine.pad([ids_P[i] for i in rows])
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             output = engine.model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
-            chosen = [output.hidden_states[layer] for layer in _layers(len(output.hidden_states))]
+            chosen = [output.hidden_states[layer] for layer in spaced_layers(len(output.hidden_states))]
             states = torch.stack([h.float() for h in chosen], 2).cpu().numpy()
         for place, row in enumerate(rows):
             yield row, states[place, states.shape[1] - len(ids_P[row]) :]
 
 
-def _layers(num: int) -> list[int]:
+def spaced_layers(num: int) -> list[int]:
     """At most MAX_LAYERS of `num`, evenly spaced, the first and the last included."""
     return sorted({round(i) for i in np.linspace(0, num - 1, min(num, MAX_LAYERS)).tolist()})

@@ -24,7 +24,7 @@ from difficulty.prompts import Prompts
 from search.errors import DataError
 
 COMPONENTS = 96
-BASIS_TOKENS = 4096  # read for the directions
+BASIS_TOKENS = 2048  # read for the directions
 PENALTIES = (0.03, 0.01, 0.003, 0.001, 0.0003)  # a problem's share; from strong to weak, each starting from the last
 ITERATIONS = 40
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.schema import Difficulty
-from difficulty import mlp, predictor, probe, tokens
+from difficulty import mlp, predictor, probe, prompts, tokens
 from difficulty.labels import Counts
 from difficulty.predictor import estimator, evaluate, fit, load
 from difficulty.prompts import Prompts
@@ -99,6 +99,15 @@ def test_all_layers_are_not_tried_unasked_where_they_are_huge(monkeypatch):
     monkeypatch.setattr(probe, "MAX_ALL_FEATURES", LAYERS * 2 * HIDDEN - 1)
     assert make(100).fit(RIDGE)[0].head.representation != "all"
     assert make(100).fit(RIDGE.model_copy(update={"layers": "all"}))[0].head.representation == "all"
+
+
+def test_a_network_reads_fewer_layers_where_they_are_huge(monkeypatch):
+    monkeypatch.setattr(mlp, "MAX_ALL_FEATURES", LAYERS * 2 * HIDDEN - 1)
+    monkeypatch.setattr(prompts, "MAX_LAYERS", 2)
+    fitted, _ = make(100).fit(Difficulty(predictors=("mlp",)))
+    assert fitted.head.layers == (0, LAYERS - 1)
+    assert len(fitted.head.weight_F_KU) == 2 * 2 * HIDDEN + 2
+    assert np.isfinite(fitted.predict(make(20).prompts)).all()
 
 
 def test_fitting_needs_no_order_of_magnitude():
